@@ -1,0 +1,1 @@
+"""Suites, judges, statistics, behaviour, policy and the public report schema."""

@@ -1,0 +1,1 @@
+"""A checkpoint that runs: loading, chat rendering, generation, log-probabilities, moments, training."""

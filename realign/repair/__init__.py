@@ -1,0 +1,1 @@
+"""Plan, validate, apply, verify, commit: the one engine that every repair method runs through."""

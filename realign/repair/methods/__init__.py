@@ -1,0 +1,1 @@
+"""One file per repair method, each to be read beside its paper."""

@@ -1,0 +1,1 @@
+"""One renderer per file: terminal, HTML, pictures. Reads the schema, computes nothing."""

@@ -1,0 +1,1 @@
+"""Vectors, spectra, ranks and projectors: pure tensor functions. No files, no models."""
