@@ -1,0 +1,140 @@
+"""What goes into a repair method for one logical matrix, and what comes out of it.
+
+Here: `Layer` (the tensors of one matrix in all checkpoints) and the three kinds of edit. Not here:
+how an edit reaches a file (the engine) or how it is computed (the methods).
+
+Facts. An edit carries what the report prints about it, under these keys; a method leaves out what
+it does not have.
+
+    rank              directions kept, r or k
+    available_rank    directions that carry energy in the spectrum the rank was taken from
+    entropy           H_n of that spectrum, natural logarithm
+    effective_rank    exp(H_n)
+    stable_rank       sum sigma^2 / sigma_1^2
+    kept_energy       share of the spectrum's energy in the kept directions
+    safety_share      norm(P' delta_safe) / norm(delta_safe), before the factor alpha
+    task_share        norm(U_r^T delta_task) / norm(delta_task); for `replace` norm(E)/norm(delta_task)
+    tokens            token positions behind the activation statistics
+    tokens_per_output tokens / d_out; below 1 the rank is limited by the anchors
+    degenerate_cut    True: sigma_r and sigma_r+1 coincide, the kept subspace is not unique
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+from realign.subspace.vectors import difference
+
+VectorKind: TypeAlias = Literal["base", "unaligned"]
+Facts: TypeAlias = Mapping[str, float | int | str | None]
+
+
+def _no_facts() -> Facts:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Layer:
+    """One logical matrix [d_out, d_in] in every checkpoint, in the dtype it has on disk.
+
+    Element-wise methods also get tensors of other shapes, and chunks of rows.
+
+    Attributes:
+        key: the slot's key; unique within a checkpoint.
+        module: last module name, as "q_proj".
+        layer: index of the decoder block, None outside blocks.
+        finetuned: Wf, the weight to repair.
+        aligned: Wa, the parent of the fine-tune.
+        base: W0, the weight before alignment.
+        unaligned: Wu, the aligned weight after a deliberate un-alignment.
+        seed: for randomised methods, derived from (seed, method, tensor name).
+    """
+
+    key: str
+    module: str
+    layer: int | None
+    finetuned: Tensor
+    aligned: Tensor | None = None
+    base: Tensor | None = None
+    unaligned: Tensor | None = None
+    seed: int = 0
+
+    def task_vector(self) -> Tensor:
+        """Return delta_task = Wf - Wa, a new float32 (float64 for float64 inputs) tensor."""
+        return difference(self.finetuned, self.require("aligned"))
+
+    def safety_vector(self, kind: VectorKind) -> Tensor:
+        """Return delta_safe: Wa - W0 for "base", Wa - Wu for "unaligned"; new, float32 or 64."""
+        return difference(self.require("aligned"), self.require(kind))
+
+    def require(self, role: Literal["aligned", "base", "unaligned"]) -> Tensor:
+        """Return the tensor of `role`; the plan has made sure that it is there."""
+        tensor: Tensor | None = getattr(self, role)
+        assert tensor is not None, f"{self.key}: the method needs the {role} weight"
+        return tensor
+
+
+@dataclass(frozen=True)
+class Unchanged:
+    """W' = Wf, and why."""
+
+    reason: str
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """E = left @ right, with rank r such that r (d_out + d_in) < d_out d_in.
+
+    Attributes:
+        left: [d_out, r].
+        right: [r, d_in].
+        facts: for the report; see the module's docstring.
+    """
+
+    left: Tensor
+    right: Tensor
+    facts: Facts = field(default_factory=_no_facts)
+
+    @property
+    def rank(self) -> int:
+        """Number of columns of `left`."""
+        return self.left.shape[1]
+
+    def dense(self) -> Tensor:
+        """Return E [d_out, d_in]."""
+        return self.left @ self.right
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """E as a full tensor.
+
+    Attributes:
+        delta: E, in the shape of Wf.
+        target: W' itself where it exists exactly (an aligned weight put back); used as it is at
+            strength 1, so that no rounding of Wf + E creeps in.
+        facts: for the report; see the module's docstring.
+    """
+
+    delta: Tensor
+    target: Tensor | None = None
+    facts: Facts = field(default_factory=_no_facts)
+
+    def dense(self) -> Tensor:
+        """Return E."""
+        return self.delta
+
+
+Edit: TypeAlias = Unchanged | LowRank | Dense
+
+
+def from_factors(left: Tensor, right: Tensor, facts: Facts) -> LowRank | Dense:
+    """Return the cheaper form of E = left @ right: factors only while they are the smaller ones."""
+    (d_out, rank), d_in = left.shape, right.shape[1]
+    if rank * (d_out + d_in) < d_out * d_in:
+        return LowRank(left, right, facts)
+    return Dense(left @ right, facts=facts)

@@ -1,0 +1,239 @@
+"""What a repair method is: a frozen dataclass of hyper-parameters with up to two functions.
+
+    prepare(workbench) -> Statistics     optional; the only step that may run a model
+    edit(layer, statistics) -> Edit      pure; one logical matrix in, one edit out
+
+Here: the base class, the card, the statistics that travel between the two steps, and the settling
+of the safety vector. Not here: the mathematics (`methods/`), names and entry points (`registry`),
+files, memory and devices (the engine).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
+
+from realign.errors import UsageError
+from realign.repair.edit import Edit, Layer, VectorKind
+from realign.repair.parameters import Parameter, parameters_of
+
+if TYPE_CHECKING:
+    from realign.model.moments import Moments
+
+Role: TypeAlias = Literal["aligned", "base", "unaligned"]
+Scope: TypeAlias = Literal["block_linear", "matrices", "all"]
+M = TypeVar("M", bound="Method")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """What a reader should know before using a method.
+
+    Attributes:
+        title: the method's name in words.
+        source: authors, arXiv id, venue; or that it is ours.
+        summary: one line, for tables.
+        idea: a short paragraph.
+        equations: plain text, one equation a line, with the paper's numbers.
+        inputs: checkpoints and data.
+        touches: tensors that may change.
+        edit_kind: "low-rank", "dense" or both, with the reason.
+        cost: what one run costs.
+        deviations: where we differ from the source, or had to choose.
+        cautions: limits, and what to measure beside refusal.
+    """
+
+    title: str
+    source: str
+    summary: str
+    idea: str
+    equations: str
+    inputs: str
+    touches: str
+    edit_kind: str
+    cost: str
+    deviations: tuple[str, ...] = ()
+    cautions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What `prepare` learned, for `edit`.
+
+    Attributes:
+        by_key: activation moments per slot key.
+        provenance: what they were computed from (model digest, prompts, template, options).
+    """
+
+    by_key: Mapping[str, Moments]
+    provenance: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def moments(self, key: str) -> Moments | None:
+        """Return the moments of the slot `key`, None if none were collected."""
+        return self.by_key.get(key)
+
+
+NO_STATISTICS = Statistics({})
+
+
+class Workbench(Protocol):
+    """What `prepare` may ask for; the engine implements it."""
+
+    def moments(self, *, role: str, standardize: str, tokens: str) -> Statistics:
+        """Return the activation moments of the model `role` on the anchors.
+
+        Args:
+            role: the checkpoint to run, as "aligned".
+            standardize: "token" asks for standardised scatter matrices, else plain moments.
+            tokens: "response", "prompt" or "all": the positions that count.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """A repair method; subclasses are frozen, keyword-only dataclasses of hyper-parameters.
+
+    Class attributes:
+        name: as on the command line.
+        card: for help and documentation.
+        needs: checkpoints needed beside the fine-tune, without the safety vector's second one.
+        paper_vector: the method's own safety vector; None if it uses none.
+        needs_anchors: whether `prepare` runs a model over the anchor prompts.
+        elementwise: whether `edit` accepts any shape and any chunk of rows.
+        default_scope: tensors edited unless the user says otherwise.
+        max_strength: largest strength t at which the method is still itself.
+    """
+
+    name: ClassVar[str]
+    card: ClassVar[Card]
+    needs: ClassVar[frozenset[Role]] = frozenset({"aligned"})
+    paper_vector: ClassVar[VectorKind | None] = None
+    needs_anchors: ClassVar[bool] = False
+    elementwise: ClassVar[bool] = False
+    default_scope: ClassVar[Scope] = "block_linear"
+    max_strength: ClassVar[float] = float("inf")
+
+    def __post_init__(self) -> None:
+        self.validate()
+
+    @classmethod
+    def parameters(cls) -> tuple[Parameter, ...]:
+        """Return the hyper-parameters with their defaults, domains and descriptions."""
+        return parameters_of(cls)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters of this instance by name, for plan and manifest."""
+        return {each.name: getattr(self, each.name) for each in self.parameters()}
+
+    def validate(self) -> None:
+        """Check every hyper-parameter.
+
+        Raises:
+            UsageError: names the parameter, its value and the legal range.
+        """
+        for each in self.parameters():
+            value = getattr(self, each.name)
+            if not each.domain.admits(value):
+                raise out_of_range(self.name, each, value)
+
+    def validate_strength(self, strength: float) -> None:
+        """Check the universal dial t of W(t) = Wf + t (W' - Wf).
+
+        Raises:
+            UsageError: t is negative or above the method's `max_strength`.
+        """
+        if not 0.0 <= strength <= self.max_strength or strength == float("inf"):
+            bound = "any number >= 0"
+            if self.max_strength < float("inf"):
+                bound = f"a number in [0, {self.max_strength:g}]"
+            raise UsageError(
+                f"strength = {strength:g} is out of range for {self.name}", f"give {bound}"
+            )
+
+    @property
+    def vector_kind(self) -> VectorKind | None:
+        """The safety vector in use, settled; None if the method uses none."""
+        if self.paper_vector is None:
+            return None
+        kind: str = getattr(self, "safety_vector", self.paper_vector)
+        assert kind != "auto", f"{self.name}: call settle_safety_vector before editing"
+        return "base" if kind == "base" else "unaligned"
+
+    def required_roles(self) -> frozenset[Role]:
+        """Return every checkpoint that `edit` reads, once the safety vector is settled."""
+        kind = self.vector_kind
+        return self.needs if kind is None else self.needs | {kind}
+
+    def prepare(self, workbench: Workbench) -> Statistics:
+        """Collect what `edit` needs beside the weights; most methods need nothing."""
+        return NO_STATISTICS
+
+    @abstractmethod
+    def edit(self, layer: Layer, statistics: Statistics) -> Edit:
+        """Return the edit of one logical matrix; pure, and deterministic on one machine."""
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A method whose safety vector is decided, and the line to print if that is a deviation."""
+
+    method: Method
+    note: str
+
+
+def settle_safety_vector(method: Method, available: Collection[str]) -> Settled:
+    """Decide `safety_vector: auto` once for the whole run.
+
+    "auto" takes the definition of the method's own paper if that checkpoint was given, otherwise
+    the other one, and says so.
+
+    Args:
+        method: any method.
+        available: the roles that were given, out of "base" and "unaligned".
+
+    Raises:
+        UsageError: no given checkpoint makes the vector.
+    """
+    paper = method.paper_vector
+    if paper is None:
+        return Settled(method, "")
+    formula = {"base": "aligned - base", "unaligned": "aligned - unaligned"}
+    asked: str = getattr(method, "safety_vector", paper)
+    if asked != "auto":
+        if asked not in available:
+            raise UsageError(
+                f"{method.name} with safety_vector = {asked} needs the {asked} model",
+                f"give it with --{asked}, or use --set safety_vector=auto",
+            )
+        kind = asked
+    else:
+        other: VectorKind = "unaligned" if paper == "base" else "base"
+        given = [kind for kind in (paper, other) if kind in available]
+        if not given:
+            raise UsageError(
+                f"{method.name} needs a safety vector: aligned - base or aligned - unaligned",
+                "give the model before alignment with --base, or an un-aligned one with "
+                "--unaligned",
+            )
+        kind = given[0]
+    note = ""
+    if kind != paper:
+        note = f"deviation: the paper uses {formula[paper]}, this run uses {formula[kind]}"
+    return Settled(with_settings(method, safety_vector=kind), note)
+
+
+def with_settings(method: M, **settings: Any) -> M:
+    """Return a copy of `method` with other hyper-parameters, validated."""
+    return dataclasses.replace(method, **settings)
+
+
+def out_of_range(method: str, spec: Parameter, value: object) -> UsageError:
+    """Make the error for an illegal value of a hyper-parameter."""
+    return UsageError(
+        f"{spec.name} = {value} is out of range for {method}",
+        f"{spec.name} must be {spec.domain.describe()} (default {spec.default})",
+    )
