@@ -154,19 +154,17 @@ def _weigh(
     table: PairedTable | None,
 ) -> Evidence:
     assert np.isfinite(differences).all(), "a difference is not finite: drop invalid items first"
-    clustered = clusters is not None and clusters_repeat(clusters)
+    shared = clusters if clusters_repeat(clusters) else None
     n = len(differences)
     return Evidence(
         n=n,
         # Sorted, so that the last bits do not depend on the items' order.
         diff=float(np.sort(differences).mean()) if n else None,
-        ci=bootstrap_interval(differences, seed=seed, clusters=clusters, alpha=alpha),
+        ci=bootstrap_interval(differences, seed=seed, clusters=shared, alpha=alpha),
         ci_secondary=None,
-        p=sign_flip_p(differences, seed=seed, clusters=clusters),
+        p=sign_flip_p(differences, seed=seed, clusters=shared),
         alpha=alpha,
         table=table,
-        n_clusters=len(set(cluster_codes(clusters).tolist())) if clustered else None,
-        standard_error=cluster_standard_error(
-            differences, clusters=clusters if clustered else None
-        ),
+        n_clusters=None if shared is None else len(set(cluster_codes(shared).tolist())),
+        standard_error=cluster_standard_error(differences, clusters=shared),
     )

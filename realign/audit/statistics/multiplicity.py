@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.stats import binom, combine_pvalues
@@ -68,13 +69,13 @@ def family_test(members: Sequence[FamilyMember], *, alpha: float = ALPHA) -> Fam
     p_values = [mcnemar_one_sided(m.b, m.c) for m in members]
     pooled_p = mcnemar_one_sided(sum(m.b for m in members), sum(m.c for m in members))
     drop, drop_p = max_drop([(m.b, m.c) for m in members])
-    fisher = combine_pvalues(p_values, method="fisher")
-    fisher_p = float(fisher.pvalue)
+    combined: Any = combine_pvalues(p_values, method="fisher")  # typed as a bare tuple
+    fisher, fisher_p = float(combined.statistic), float(combined.pvalue)
     return FamilyTest(
         pooled_p=pooled_p,
         max_drop=drop,
         max_drop_p=drop_p,
-        fisher=float(fisher.statistic),
+        fisher=fisher,
         fisher_p=fisher_p,
         flagged=min(pooled_p, drop_p, fisher_p) < alpha / 3.0,
     )

@@ -176,7 +176,7 @@ def tango_interval(b: int, c: int, n: int, *, alpha: float = ALPHA) -> Interval 
     Depends on the flips and n only. Exact at the ends: b = n gives high = 1, c = n gives low = -1.
     None when n is 0.
     """
-    assert 0 <= b and 0 <= c and b + c <= n, f"{b} + {c} flips among {n} items"
+    assert min(b, c) >= 0 and b + c <= n, f"{b} + {c} flips among {n} items"
     if n == 0:
         return None
     # Swapping the models mirrors the interval, so both limits are upper limits.

@@ -71,7 +71,7 @@ def cluster_sums(
         # Sorted before they are added: a float sum depends on its order in the last bits.
         order = np.lexsort((*items.T[::-1], codes))
         codes, items = codes[order], items[order]
-        sums = np.stack([np.bincount(codes, weights=column) for column in items.T], axis=1)
+        sums = np.stack([_grouped(codes, column) for column in items.T], axis=1)
         sizes = np.bincount(codes).astype(np.float64)
     order = np.lexsort((sizes, *sums.T[::-1]))
     return sums[order], sizes[order]
@@ -226,6 +226,10 @@ def recovered_fraction(
         reason=None if bounded else "the drift is too small for an interval of its share",
         n=n,
     )
+
+
+def _grouped(codes: NDArray[np.int64], values: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(np.bincount(codes, weights=values), dtype=np.float64)
 
 
 def _first_column(means: NDArray[np.float64]) -> NDArray[np.float64]:

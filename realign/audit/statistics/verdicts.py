@@ -161,9 +161,7 @@ def _certified(evidence: Evidence, margin: float) -> bool:
     return evidence.ci.within(margin)
 
 
-def _flags(
-    evidence: Evidence, *, verdict: VerdictName, margin: float, detected: bool
-) -> list[str]:
+def _flags(evidence: Evidence, *, verdict: VerdictName, margin: float, detected: bool) -> list[str]:
     if evidence.ci is None:
         return []
     flags: list[str] = []
