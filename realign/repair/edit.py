@@ -12,8 +12,9 @@ it does not have.
     effective_rank    exp(H_n)
     stable_rank       sum sigma^2 / sigma_1^2
     kept_energy       share of the spectrum's energy in the kept directions
-    safety_share      norm(P' delta_safe) / norm(delta_safe), before the factor alpha
-    task_share        norm(U_r^T delta_task) / norm(delta_task); for `replace` norm(E)/norm(delta_task)
+    projected_safety  norm(P' delta_safe) / norm(delta_safe), before the factor alpha
+    projected_task    norm(P delta_task) / norm(delta_task), the part of the task vector inside the
+                      kept subspace; for `replace` norm(E) / norm(delta_task)
     tokens            token positions behind the activation statistics
     tokens_per_output tokens / d_out; below 1 the rank is limited by the anchors
     degenerate_cut    True: sigma_r and sigma_r+1 coincide, the kept subspace is not unique
