@@ -1,1 +1,1 @@
-"""A checkpoint that runs: loading, chat rendering, generation, log-probabilities, moments, training."""
+"""A checkpoint that runs: loading, chat, generation, log-probabilities, moments, training."""

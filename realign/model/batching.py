@@ -1,0 +1,101 @@
+"""Sequences of different lengths into padded batches: which go together, and the tensors.
+
+Longest first, so that a run that does not fit fails at once, and neighbours are of similar length.
+Padding is on the left with an explicit attention mask and position ids made from it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realign.errors import UsageError
+
+TOKEN_BUDGET = 32_768
+"""Padded positions per batch: bounds activations and the cache, whatever the batch size."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Left-padded sequences [rows, length] on the model's device."""
+
+    indices: tuple[int, ...]  # which of the caller's sequences the rows are
+    input_ids: Tensor
+    attention_mask: Tensor  # int64, 1 at real tokens
+    position_ids: Tensor  # int64, counted from the first real token; 0 at padding
+
+    @property
+    def length(self) -> int:
+        """Padded length in tokens."""
+        return int(self.input_ids.shape[1])
+
+
+def plan_batches(
+    lengths: Sequence[int], *, batch_size: int, extra: int = 0, token_budget: int = TOKEN_BUDGET
+) -> list[list[int]]:
+    """Indices grouped into batches: longest first, equal lengths in the order given.
+
+    Args:
+        lengths: tokens per sequence.
+        batch_size: most rows in a batch.
+        extra: positions every row will grow by (new tokens).
+        token_budget: most padded positions in a batch; one row always fits.
+
+    Raises:
+        UsageError: `batch_size` or `token_budget` below 1.
+    """
+    for name, value in (("batch_size", batch_size), ("token_budget", token_budget)):
+        if value < 1:
+            raise UsageError(f"{name} is {value}", "it must be at least 1")
+    order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
+    batches: list[list[int]] = []
+    start = 0
+    while start < len(order):
+        width = max(lengths[order[start]] + extra, 1)  # the first is the longest
+        rows = min(batch_size, max(1, token_budget // width))
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def pad_left(
+    sequences: Sequence[Sequence[int]],
+    indices: Sequence[int],
+    *,
+    pad_id: int,
+    device: torch.device,
+) -> Batch:
+    """The sequences at `indices` as one batch; `pad_id` fills positions that nothing attends to."""
+    length = max(len(sequences[index]) for index in indices)
+    ids = torch.full((len(indices), length), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(indices), length), dtype=torch.long)
+    for row, index in enumerate(indices):
+        tokens = sequences[index]
+        if tokens:
+            ids[row, length - len(tokens) :] = torch.tensor(tokens, dtype=torch.long)
+            mask[row, length - len(tokens) :] = 1
+    positions = (mask.cumsum(dim=1) - 1).clamp_min(0) * mask
+    return Batch(tuple(indices), ids.to(device), mask.to(device), positions.to(device))
+
+
+def forward(model: Any, batch: Batch, *, last: int | None = None) -> Any:
+    """Run `model` (a causal model or its decoder) on `batch` without a cache.
+
+    Args:
+        model: a transformers module.
+        batch: its inputs.
+        last: compute logits for this many last positions only, where the model can; the caller
+            takes the last ones of what comes back in either case.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"attention_mask": batch.attention_mask, "use_cache": False}
+    if "position_ids" in accepted:
+        options["position_ids"] = batch.position_ids
+    if last is not None and "logits_to_keep" in accepted:
+        options["logits_to_keep"] = last
+    return model(input_ids=batch.input_ids, **options)

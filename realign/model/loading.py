@@ -1,0 +1,420 @@
+"""A folder or an opened checkpoint as a running model with its tokenizer.
+
+Always from local files (addresses are resolved by `realign.checkpoint.hub` before), never with code
+from the folder, never from pickles; in evaluation mode and in the dtype on disk unless asked
+otherwise. An adapter runs unmerged on its base. The folder's `generation_config.json` is read for
+its end-of-sequence ids and for nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from realign.errors import MissingExtraError, ModelError, NotFoundError, UsageError
+from realign.model.chat import chat_template, chat_template_sha256, end_of_turn_id
+from realign.model.quiet import quiet_libraries
+
+if TYPE_CHECKING:
+    from realign.checkpoint.reader import Checkpoint
+
+log = logging.getLogger(__name__)
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+# safetensors spellings of the dtypes a model can be run in.
+_FLOAT_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run. Use it as a context manager, or call `unload`, to free its memory."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+    name: str
+    """As the user named it."""
+    stop_ids: tuple[int, ...]
+    """Token ids that end a reply, ascending: of generation_config, of config, of the template."""
+    chat_template_sha256: str | None
+    """Of the template in use; None where there is none (the model can be run, not asked)."""
+    dtype: torch.dtype
+
+    @property
+    def vocabulary_rows(self) -> int:
+        """Rows of the input embedding: legal token ids lie below."""
+        embedding: Any = self.model.get_input_embeddings()
+        return int(embedding.weight.shape[0])
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest sequence the architecture declares, in tokens; None where it declares none."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    @property
+    def attention(self) -> str:
+        """The attention implementation in use ("sdpa", "eager", ...)."""
+        return str(getattr(self.model.config, "_attn_implementation", None) or "unknown")
+
+    @property
+    def pad_id(self) -> int:
+        """A legal token id for padding; nothing attends to it."""
+        rows = self.vocabulary_rows
+        candidates = (self.tokenizer.pad_token_id, *self.stop_ids)
+        return next((i for i in candidates if isinstance(i, int) and 0 <= i < rows), 0)
+
+    def unload(self) -> None:
+        """Free the weights. The object can no longer be run."""
+        self.model.to("meta")  # pyright: ignore[reportCallIssue, reportArgumentType]
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> LoadedModel:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.unload()
+
+
+def pick_device(spec: str | torch.device = "auto") -> torch.device:
+    """The device named by "auto", "cpu", "cuda", "cuda:1" or "mps".
+
+    "auto" is the first CUDA device, else mps, else the CPU.
+
+    Raises:
+        UsageError: an unknown spelling, or a device this machine does not have.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if spec == "auto":
+        return torch.device("cuda:0" if cuda else "mps" if mps else "cpu")
+    try:
+        device = torch.device(spec)
+    except RuntimeError as error:
+        raise UsageError(
+            f"unknown device {spec!r}", "use auto, cpu, cuda, cuda:N or mps"
+        ) from error
+    if device.type == "cpu" or (device.type == "mps" and mps):
+        return device
+    if device.type == "cuda" and cuda and (device.index or 0) < torch.cuda.device_count():
+        return torch.device("cuda", device.index or 0)
+    raise UsageError(f"device {str(spec)!r} is not available on this machine", "use auto, or cpu")
+
+
+def load_model(
+    source: str | Path | Checkpoint,
+    *,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | None = None,
+    template_from: str | Path | Checkpoint | None = None,
+) -> LoadedModel:
+    """Load a checkpoint for running.
+
+    Args:
+        source: a folder in Hugging Face layout, or an opened checkpoint. A checkpoint of kind
+            "adapter" is loaded with peft on its base, unmerged; so is an adapter folder whose
+            configuration names a local base folder.
+        device: see `pick_device`.
+        dtype: of the weights; default: the dtype of most weights on disk.
+        template_from: a folder or checkpoint whose chat template replaces the model's own.
+
+    Raises:
+        ModelError: the folder cannot be run: unknown architecture, code of its own, missing or
+            misshapen weights, a corrupt tokenizer; not enough memory.
+        NotFoundError: the folder does not exist or holds no model.
+        MissingExtraError: an adapter, and peft is not installed.
+        UsageError: the device does not exist.
+    """
+    place = pick_device(device)
+    folder, adapter, name = _folders(source)
+    with quiet_libraries():
+        tokenizer = _load_tokenizer(adapter, folder)
+        if template_from is not None:
+            tokenizer.chat_template = read_chat_template(template_from)
+        model = _load_weights(folder, dtype or _dtype_on_disk(folder))
+        if adapter is not None:
+            model = _attach_adapter(model, adapter)
+        try:
+            model.to(place)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        except torch.OutOfMemoryError as error:
+            raise ModelError(
+                f"{name} does not fit into the memory of {place}", "use --device cpu"
+            ) from error
+    folders = [folder] if adapter is None else [adapter, folder]
+    return wrap_model(model, tokenizer, name=name, folders=folders)
+
+
+def wrap_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    name: str = "in memory",
+    folders: list[Path] | None = None,
+) -> LoadedModel:
+    """A model that is already in memory as a `LoadedModel`, switched to evaluation mode.
+
+    Args:
+        model: on its device.
+        tokenizer: with its chat template.
+        name: for messages.
+        folders: whose generation_config.json contributes stop ids.
+    """
+    model.eval()
+    weight: Any = next(model.parameters())
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        device=weight.device,
+        name=name,
+        stop_ids=_stop_ids(model, tokenizer, folders or []),
+        chat_template_sha256=chat_template_sha256(tokenizer),
+        dtype=weight.dtype,
+    )
+
+
+def load_tokenizer(source: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
+    """The tokenizer alone; for an adapter its own where it has one, else its base's.
+
+    Raises:
+        ModelError: no tokenizer, or a corrupt one.
+        NotFoundError: the folder does not exist.
+    """
+    folder, adapter, _ = _folders(source)
+    with quiet_libraries():
+        return _load_tokenizer(adapter, folder)
+
+
+def read_chat_template(source: str | Path | Checkpoint) -> str:
+    """The chat template of a checkpoint, without loading its weights.
+
+    Raises:
+        ModelError: it has none, or its tokenizer cannot be loaded.
+        NotFoundError: the folder does not exist.
+    """
+    return chat_template(load_tokenizer(source))
+
+
+def _folders(source: str | Path | Checkpoint) -> tuple[Path, Path | None, str]:
+    """The folder of the full model, that of the adapter if there is one, and the name to show."""
+    if isinstance(source, str | Path):
+        folder = Path(source)
+        if not folder.is_dir():
+            raise NotFoundError(
+                f"{folder} is not a folder", "give a folder, or resolve the Hub id first"
+            )
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            return _base_of(folder), folder, str(source)
+        model_folder, adapter, name = folder, None, str(source)
+    else:
+        base: Checkpoint | None = getattr(source, "base", None)
+        if source.kind == "adapter":
+            assert base is not None, source
+            adapter_folder: Path = getattr(source, "adapter_folder", source.folder)
+            return base.folder, adapter_folder, source.source
+        model_folder, adapter, name = source.folder, None, source.source
+    if (model_folder / "adapter_config.json").is_file():
+        # transformers would attach the adapter silently; the files alone do not say what is meant.
+        raise ModelError(
+            f"{model_folder} holds a model and an adapter side by side",
+            "move adapter_config.json and adapter_model.safetensors into a folder of their own",
+        )
+    if not (model_folder / "config.json").is_file():
+        raise NotFoundError(f"{model_folder} holds no config.json", "is it a model folder?")
+    return model_folder, adapter, name
+
+
+def _base_of(adapter: Path) -> Path:
+    try:
+        config: Any = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        base = Path(config["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{adapter / 'adapter_config.json'} names no base model", "name it as BASE+ADAPTER"
+        ) from error
+    for candidate in (base, adapter / base):
+        if (candidate / "config.json").is_file():
+            return candidate
+    raise ModelError(
+        f"the base model {str(base)!r} of the adapter {adapter} is not a local folder",
+        "name it as BASE+ADAPTER",
+    )
+
+
+def _load_tokenizer(adapter: Path | None, folder: Path) -> PreTrainedTokenizerBase:
+    has_own = adapter is not None and any((adapter / file).is_file() for file in _TOKENIZER_FILES)
+    where = adapter if adapter is not None and has_own else folder
+    if not any((where / file).is_file() for file in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{where} holds no tokenizer", "copy the tokenizer files of the model it was tuned from"
+        )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            where, local_files_only=True, trust_remote_code=False
+        )
+    # The tokenizers library raises bare Exception on a corrupt file, and a hostile one can break
+    # transformers anywhere.
+    except Exception as error:
+        raise ModelError(
+            f"the tokenizer in {where} cannot be loaded: {_first_line(error)}",
+            "copy the tokenizer files again from the model it was tuned from",
+        ) from error
+    return tokenizer
+
+
+def _dtype_on_disk(folder: Path) -> torch.dtype | None:
+    """The float dtype that most numbers in the folder are stored in; None where none can be run."""
+    sizes: Counter[str] = Counter()
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:  # pyright: ignore[reportUnknownVariableType]
+                for key in tensors.keys():  # noqa: SIM118 (not a mapping)
+                    view: Any = tensors.get_slice(key)
+                    count = 1
+                    for size in view.get_shape():
+                        count *= size
+                    sizes[view.get_dtype()] += count
+        # safetensors' own error type is not a ValueError; loading will name the file's fault
+        except Exception as error:
+            raise ModelError(
+                f"{file} cannot be read: {_first_line(error)}", "download or copy it again"
+            ) from error
+    floats = [(count, name) for name, count in sizes.items() if name in _FLOAT_DTYPES]
+    return _FLOAT_DTYPES[max(floats)[1]] if floats else None
+
+
+def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        config = AutoConfig.from_pretrained(folder, **local)
+    except Exception as error:  # an untrusted JSON file can break its reader anywhere
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be used: {_first_line(error)}",
+            "realign runs architectures that the installed transformers knows, without code from "
+            "the folder; a newer transformers may know this one",
+        ) from error
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            # A clean one, so that the folder's own is never obeyed.
+            generation_config=GenerationConfig(),
+            output_loading_info=True,
+            **local,
+        )
+    except Exception as error:  # safetensors, torch and transformers each raise their own
+        raise ModelError(
+            f"the model in {folder} cannot be loaded: {_first_line(error)}",
+            "check that config.json and the weight files belong together and are complete",
+        ) from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{folder} lacks weights that its architecture needs: {_some(missing)}",
+            "the model would run with random numbers there; copy the missing weight files",
+        )
+    if info["unexpected_keys"]:
+        log.warning("%s: weights not used: %s", folder, _some(sorted(info["unexpected_keys"])))
+    model.requires_grad_(False)
+    return model
+
+
+def _attach_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise MissingExtraError("peft", "train") from error
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            wrapped: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
+        except Exception as error:
+            raise ModelError(
+                f"the adapter in {adapter} cannot be attached to its base: {_first_line(error)}",
+                "check that it was trained on this base and that its files are complete",
+            ) from error
+    for warning in caught:
+        if "missing adapter keys" in str(warning.message):  # peft goes on with fresh weights
+            raise ModelError(
+                f"{adapter} lacks adapter weights: {_first_line(warning.message)}",
+                "copy adapter_model.safetensors again",
+            )
+        log.warning("%s: %s", adapter, warning.message)
+    if wrapped.active_peft_config.is_prompt_learning:
+        raise ModelError(
+            f"{adapter} is a {wrapped.active_peft_config.peft_type.value} adapter",
+            "realign runs adapters that change weights, such as LoRA",
+        )
+    # The layers were put into the model in place: its own class and module names stay.
+    inner: PreTrainedModel = wrapped.get_base_model()
+    inner.requires_grad_(False)
+    return inner
+
+
+def _stop_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folders: list[Path]
+) -> tuple[int, ...]:
+    declared: list[Any] = [_generation_eos(folder) for folder in folders]
+    declared.append(getattr(model.config, "eos_token_id", None))
+    declared.append(getattr(model.config.get_text_config(), "eos_token_id", None))
+    declared.append(end_of_turn_id(tokenizer))
+    stops = {
+        token
+        for value in declared
+        for token in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(token, int) and not isinstance(token, bool) and token >= 0
+    }
+    if not stops and isinstance(tokenizer.eos_token_id, int):
+        stops.add(tokenizer.eos_token_id)
+    return tuple(sorted(stops))
+
+
+def _generation_eos(folder: Path) -> Any:
+    file = folder / "generation_config.json"
+    if not file.is_file():
+        return None
+    try:
+        content: Any = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        log.warning("%s is ignored: %s", file, error)
+        return None
+    return content.get("eos_token_id") if isinstance(content, dict) else None
+
+
+def _first_line(error: object) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _some(names: list[str], most: int = 4) -> str:
+    shown = ", ".join(names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
