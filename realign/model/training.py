@@ -1,0 +1,282 @@
+"""The one training loop: AdamW, warm-up, cosine, clipping, masked loss, resumable, deterministic.
+
+Batches are a pure function of the step, so resuming needs no generator state: the state file holds
+the trained tensors, the optimizer and the step, and an interrupted run ends with the same bytes as
+an uninterrupted one. What is trained on is the caller's affair; nothing here knows a data format.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from realign.errors import NonFiniteError, OutputError, UsageError
+from realign.progress import SILENT, Progress
+
+IGNORED = -100
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """How to train."""
+
+    steps: int
+    """Optimizer steps, at least 1."""
+    learning_rate: float
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled decay on every trained matrix; vectors (norms) are never decayed."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW moments."""
+    warmup: float = 0.05
+    """Share of the steps in which the rate rises linearly."""
+    floor: float = 0.05
+    """The cosine ends at this share of the peak rate."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient."""
+
+    def validate(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            UsageError: a value is out of range.
+        """
+        if self.steps < 1:
+            raise UsageError(f"steps = {self.steps}", "at least one training step is needed")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise UsageError(f"learning_rate = {self.learning_rate}", "it must be above 0")
+        for name, value in (("warmup", self.warmup), ("floor", self.floor)):
+            if not 0 <= value <= 1:
+                raise UsageError(f"{name} = {value}", "it must lie in [0, 1]")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of step `step` (0-based)."""
+        rising = max(1, round(self.warmup * self.steps))
+        if step < rising:
+            return self.learning_rate * (step + 1) / rising
+        share = (step - rising) / max(1, self.steps - 1 - rising)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(share, 1.0)))
+        return self.learning_rate * (self.floor + (1.0 - self.floor) * cosine)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids, and from which position on they count in the loss (0: all but the first)."""
+
+    ids: tuple[int, ...]
+    loss_from: int = 0
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Right-padded examples.
+
+    `input_ids` [batch, length]; `labels` the same shape, `IGNORED` where no loss is taken.
+    """
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+def collate(examples: Sequence[Example], *, pad_id: int) -> Batch:
+    """Pad examples on the right.
+
+    No attention mask is needed: attention is causal, so nothing before the padding sees it, and no
+    loss is taken on it.
+    """
+    length = max(len(example.ids) for example in examples)
+    input_ids = torch.full((len(examples), length), pad_id, dtype=torch.long)
+    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
+    for row, example in enumerate(examples):
+        ids = torch.tensor(example.ids, dtype=torch.long)
+        input_ids[row, : len(ids)] = ids
+        labels[row, example.loss_from : len(ids)] = ids[example.loss_from :]
+    return Batch(input_ids, labels)
+
+
+def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean cross-entropy of predicting token t+1 at t, over the positions that count.
+
+    Args:
+        logits: [batch, length, vocabulary].
+        labels: [batch, length], `IGNORED` where no loss is taken.
+    """
+    predicted = logits[:, :-1].flatten(0, 1).float()
+    wanted = labels[:, 1:].flatten()
+    return nn.functional.cross_entropy(predicted, wanted, ignore_index=IGNORED)
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run did."""
+
+    steps: int
+    resumed_at: int
+    losses: tuple[float, ...]
+    """Loss of every step run in this process."""
+
+
+@contextmanager
+def deterministic(threads: int = 1) -> Iterator[None]:
+    """Fixed thread count and deterministic kernels inside, the caller's settings afterwards.
+
+    Bytes are equal on one machine and one torch version; another processor may round otherwise.
+    """
+    before = torch.get_num_threads()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_num_threads(threads)
+    # cuBLAS refuses deterministic mode without a fixed workspace.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=warn_only)
+
+
+def train(
+    model: nn.Module,
+    batch_at: Callable[[int], Batch],
+    plan: TrainingPlan,
+    *,
+    trainable: Callable[[str], bool] | None = None,
+    state_file: Path | None = None,
+    save_every: int = 200,
+    label: str = "training",
+    stop_at: int | None = None,
+    progress: Progress = SILENT,
+) -> TrainingResult:
+    """Train `model` in place.
+
+    Args:
+        model: a causal model whose call returns an object with `logits`.
+        batch_at: the batch of a step; must be a pure function of it.
+        plan: steps, rates, decay.
+        trainable: which parameters learn, by name; None: those that require a gradient now.
+        state_file: where to keep the state for resuming; read if it exists, removed by the caller.
+        save_every: steps between two states; a Ctrl-C writes one as well.
+        label: what the progress shows.
+        stop_at: stop before this step with the state written (for tests of resuming).
+        progress: where progress is shown.
+
+    Raises:
+        UsageError: a value of the plan is out of range, or nothing is trainable.
+        NonFiniteError: the loss became NaN or infinite.
+        OutputError: the state file belongs to another plan.
+    """
+    plan.validate()
+    if trainable is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(trainable(name))
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not learning:
+        raise UsageError("nothing to train", "no parameter of the model is trainable")
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [p for p in learning.values() if p.ndim >= 2],
+                "weight_decay": plan.weight_decay,
+            },
+            {"params": [p for p in learning.values() if p.ndim < 2], "weight_decay": 0.0},
+        ],
+        lr=plan.learning_rate,
+        betas=plan.betas,
+    )
+    start = 0
+    if state_file is not None and state_file.exists():
+        start = _restore(state_file, learning, optimizer, plan)
+        progress.note(f"{label}: resumed at step {start}")
+    device = next(iter(learning.values())).device
+    losses: list[float] = []
+    step = start
+    model.train()
+    try:
+        with progress.task(label, total=plan.steps) as task:
+            task.advance(start)
+            for step in range(start, plan.steps):
+                if step == stop_at:
+                    raise KeyboardInterrupt
+                losses.append(_one_step(model, batch_at(step), optimizer, plan, step, device))
+                task.advance()
+                if state_file is not None and (step + 1) % save_every == 0:
+                    _save(state_file, learning, optimizer, plan, step + 1)
+            step = plan.steps
+    except KeyboardInterrupt:
+        # Between two steps only the finished ones count, so the state is always consistent.
+        if state_file is not None and step == start + len(losses):
+            _save(state_file, learning, optimizer, plan, step)
+        raise
+    model.eval()
+    return TrainingResult(plan.steps, start, tuple(losses))
+
+
+def _one_step(
+    model: nn.Module,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+    step: int,
+    device: torch.device,
+) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rate(step)
+    logits: Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
+    loss = masked_loss(logits, batch.labels.to(device))
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise NonFiniteError(f"the loss is {value} at step {step}", "lower the learning rate")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], plan.clip)
+    optimizer.step()
+    return value
+
+
+def _save(
+    file: Path,
+    learning: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+    step: int,
+) -> None:
+    state: dict[str, Any] = {
+        "plan": asdict(plan),
+        "step": step,
+        "parameters": {name: p.detach() for name, p in learning.items()},
+        "optimizer": optimizer.state_dict(),
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + ".partial")
+    torch.save(state, partial)
+    partial.replace(file)
+
+
+def _restore(
+    file: Path,
+    learning: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    plan: TrainingPlan,
+) -> int:
+    hint = "delete it to train from the start"
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a truncated zip, a foreign file: torch raises many kinds
+        raise OutputError(f"{file}: not a training state ({error})", hint) from error
+    saved_plan = {**state["plan"], "betas": tuple(state["plan"]["betas"])}
+    if saved_plan != asdict(plan) or set(state["parameters"]) != set(learning):
+        raise OutputError(f"{file}: the state of another training run", hint)
+    with torch.no_grad():
+        for name, parameter in learning.items():
+            parameter.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
