@@ -1,0 +1,158 @@
+"""Options that several commands share: one spelling, one help text, one panel each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from realign.errors import UsageError
+from realign_cli.command import FLAG
+
+MODELS_PANEL = "Checkpoints (a folder, org/name, org/name@revision, or MODEL+ADAPTER)"
+AUDIT_PANEL = "Audit"
+MACHINE_PANEL = "Machine"
+
+Aligned = Annotated[
+    str | None,
+    typer.Option(
+        "--aligned",
+        "-a",
+        metavar="MODEL",
+        help="The aligned model the fine-tune was tuned from.",
+        rich_help_panel=MODELS_PANEL,
+    ),
+]
+Base = Annotated[
+    str | None,
+    typer.Option(
+        "--base",
+        "-b",
+        metavar="MODEL",
+        help="The pretrained model before alignment.",
+        rich_help_panel=MODELS_PANEL,
+    ),
+]
+Unaligned = Annotated[
+    str | None,
+    typer.Option(
+        "--unaligned",
+        metavar="MODEL",
+        help="The aligned model, deliberately un-aligned by a short fine-tune.",
+        rich_help_panel=MODELS_PANEL,
+    ),
+]
+Device = Annotated[
+    str,
+    typer.Option(
+        "--device",
+        metavar="DEVICE",
+        help="auto, cpu, cuda, cuda:N or mps.",
+        rich_help_panel=MACHINE_PANEL,
+    ),
+]
+Seed = Annotated[
+    int,
+    typer.Option(
+        "--seed", metavar="N", help="Seed of every random choice.", rich_help_panel=MACHINE_PANEL
+    ),
+]
+Offline = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        metavar=FLAG,
+        help="Open no connection; Hub ids come from the local cache.",
+        rich_help_panel=MACHINE_PANEL,
+    ),
+]
+Suites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--suite",
+        "-s",
+        metavar="[KIND=]FILE",
+        help="A suite of prompts (JSONL); KIND is harmful, safe or task where the file does not say. "
+        "May be repeated.",
+        rich_help_panel=AUDIT_PANEL,
+    ),
+]
+Judges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge",
+        "-j",
+        metavar="NAME",
+        help="keyword, logprob, exact or oracle; the first is primary. May be repeated.",
+        rich_help_panel=AUDIT_PANEL,
+    ),
+]
+Policy = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        "-p",
+        metavar="FILE",
+        help="Declared margins and gates (TOML); without one there are no verdicts.",
+        rich_help_panel=AUDIT_PANEL,
+    ),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option(
+        "--batch-size", metavar="N", help="Prompts at a time.", rich_help_panel=AUDIT_PANEL
+    ),
+]
+Limit = Annotated[
+    int | None,
+    typer.Option(
+        "--limit",
+        metavar="N",
+        min=1,
+        help="Only the first N items of every suite: a trial run.",
+        rich_help_panel=AUDIT_PANEL,
+    ),
+]
+MaxNewTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--max-new-tokens",
+        metavar="N",
+        min=1,
+        help="Length limit of an answer.",
+        rich_help_panel=AUDIT_PANEL,
+    ),
+]
+
+
+def parse_settings(settings: list[str] | None) -> dict[str, object]:
+    """Return `["eta=0.85", "standardise=none"]` as a mapping with numbers and booleans read.
+
+    Raises:
+        UsageError: a setting without "=", or the same key twice.
+    """
+    parsed: dict[str, object] = {}
+    for setting in settings or ():
+        key, equals, text = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set takes key=value, not {setting!r}", "example: --set eta=0.85")
+        if key in parsed:
+            raise UsageError(f"--set {key} is given twice")
+        parsed[key] = _value(text.strip())
+    return parsed
+
+
+def _value(text: str) -> object:
+    lowered = text.lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    if lowered in ("none", "null"):
+        return None if lowered == "null" else text
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
