@@ -3,8 +3,8 @@
 Everything takes `energies`, the squared singular values in descending order, float64, with zeros
 for what does not count. With p_i = sigma_i^2 / sum sigma_j^2 and 0 log 0 = 0:
 
-    H_rho = - sum_{i <= rho} p_i log p_i          safety singular value entropy, arXiv 2602.00038 eq. 6
-    entropy rank = smallest rho with H_rho / H_n > eta                                          eq. 7
+    H_rho = - sum_{i <= rho} p_i log p_i      safety singular value entropy, arXiv 2602.00038 eq. 6
+    entropy rank = smallest rho with H_rho / H_n > eta                                        eq. 7
     energy rank  = smallest rho with sum_{i <= rho} p_i >= eta
 
 Since -log p_i grows with i, H_rho / H_n <= sum_{i <= rho} p_i: the entropy rule keeps at least as
@@ -52,7 +52,7 @@ def entropy_rank(energies: Tensor, eta: float) -> int:
 
 
 def energy_rank(energies: Tensor, eta: float) -> int:
-    """Return the smallest rho >= 1 whose cumulative energy reaches the share eta; 0 if no energy."""
+    """Return the smallest rho >= 1 whose cumulative energy reaches the share eta, 0 if none."""
     positive = int(torch.count_nonzero(energies))
     if positive <= 1 or eta >= 1.0:
         return positive
