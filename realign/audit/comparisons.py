@@ -1,0 +1,485 @@
+"""Two models on the same instrument: drift, residual, recovery and tax, with their verdicts.
+
+Safety is compared with the reference, utility with the subject: a repair must be as safe as the
+reference and as skilled as the fine-tune. A positive difference is always a change for the worse.
+Verdicts exist only against margins that a policy declared before the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from realign.audit.instruments import ASR, NON_REFUSAL, check_comparable
+from realign.audit.outcomes import Outcome, Scores
+from realign.audit.policy import MarginGate, Policy
+from realign.audit.rates import hull
+from realign.audit.schema import (
+    ComparisonEntry,
+    ComparisonName,
+    ConfidenceInterval,
+    FamilyEntry,
+    FisherTest,
+    MaxDrop,
+    Role,
+    Table,
+)
+from realign.audit.statistics.evidence import (
+    TREATMENTS,
+    Evidence,
+    Treatment,
+    treat_invalid,
+    weigh_differences,
+    weigh_pairs,
+)
+from realign.audit.statistics.intervals import ALPHA, Interval
+from realign.audit.statistics.multiplicity import FamilyMember, family_test, holm
+from realign.audit.statistics.paired import tango_interval
+from realign.audit.statistics.resampling import comparison_seed, recovered_fraction
+from realign.audit.statistics.verdicts import Verdict, decide, judges_disagree, verdicts_differ
+from realign.errors import PolicyError, UsageError
+
+# comparison -> (comparator, candidate)
+COMPARISONS: dict[ComparisonName, tuple[Role, Role]] = {
+    "drift": ("reference", "subject"),
+    "residual": ("reference", "repaired"),
+    "recovery": ("subject", "repaired"),
+    "tax": ("subject", "repaired"),
+}
+
+Key = tuple[str, str, str]
+"""Suite, judge, metric."""
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """One comparison of one metric: the two columns and what they show, per treatment."""
+
+    name: ComparisonName
+    comparator: Outcome | Scores
+    candidate: Outcome | Scores
+    evidence: Mapping[Treatment, Evidence]
+
+    @property
+    def headline(self) -> Evidence:
+        """The evidence with invalid answers excluded."""
+        return self.evidence["excluded"]
+
+    @property
+    def key(self) -> Key:
+        """Suite, judge and metric."""
+        return key_of(self.comparator)
+
+
+def key_of(column: Outcome | Scores) -> Key:
+    """Suite, judge and metric of a column."""
+    metric = column.metric if isinstance(column, Scores) else column.metric.name
+    return column.instrument.suite.name, column.instrument.judge.name, metric
+
+
+def applies(name: ComparisonName, *, suite_kind: str) -> bool:
+    """Whether a comparison is made on a kind of suite.
+
+    Recovery asks what a repair changed on harmful prompts; tax asks the same where a repair costs:
+    on safe prompts and tasks.
+    """
+    if name in ("recovery", "tax"):
+        return (suite_kind == "harmful") == (name == "recovery")
+    return True
+
+
+def pair_columns(
+    name: ComparisonName,
+    comparator: Outcome | Scores,
+    candidate: Outcome | Scores,
+    *,
+    run_seed: int,
+    alpha: float = ALPHA,
+) -> Pairing:
+    """Weigh two models' columns of one metric.
+
+    Raises:
+        UsageError: if they come from different instruments.
+    """
+    check_comparable(comparator.instrument, candidate.instrument)
+    seed = comparison_seed(comparator.instrument.instrument_id, name, run_seed)
+    evidence: dict[Treatment, Evidence] = {}
+    if isinstance(comparator, Outcome) and isinstance(candidate, Outcome):
+        for treatment in TREATMENTS:
+            kept, first, second = treat_invalid(
+                comparator.values, candidate.values, treatment=treatment
+            )
+            clusters = comparator.clusters
+            weighed = weigh_pairs(
+                first, second, seed=seed, clusters=[clusters[i] for i in kept], alpha=alpha
+            )
+            evidence[treatment] = _never_narrower(weighed)
+            if None not in comparator.values and None not in candidate.values:
+                evidence = dict.fromkeys(TREATMENTS, evidence["excluded"])
+                break
+    else:
+        assert isinstance(comparator, Scores) and isinstance(candidate, Scores)
+        both = [
+            (x, y, cluster)
+            for x, y, cluster in zip(
+                comparator.values, candidate.values, comparator.clusters, strict=True
+            )
+            if x is not None and y is not None
+        ]
+        evidence = dict.fromkeys(
+            TREATMENTS,
+            weigh_differences(
+                [y - x for x, y, _ in both],
+                seed=seed,
+                clusters=[cluster for *_, cluster in both],
+                alpha=alpha,
+            ),
+        )
+    return Pairing(name=name, comparator=comparator, candidate=candidate, evidence=evidence)
+
+
+def _never_narrower(evidence: Evidence) -> Evidence:
+    """Clustered pairs get at least the interval that independent pairs would have.
+
+    Without a single flip every resample is zero and the bootstrap would certify any margin, however
+    few items there are; zero flips are not equivalence.
+    """
+    table = evidence.table
+    if table is None or evidence.n_clusters is None:
+        return evidence
+    plain = tango_interval(table.b, table.c, table.n, alpha=evidence.alpha)
+    return replace(evidence, ci=hull(evidence.ci, plain))
+
+
+def pair_all(
+    columns: Mapping[Key, Mapping[Role, Outcome | Scores]],
+    *,
+    run_seed: int,
+    alpha: float = ALPHA,
+) -> list[Pairing]:
+    """Every comparison that the roles present allow."""
+    pairings: list[Pairing] = []
+    for by_role in columns.values():
+        for name, (first, second) in COMPARISONS.items():
+            if first not in by_role or second not in by_role:
+                continue
+            comparator, candidate = by_role[first], by_role[second]
+            if applies(name, suite_kind=comparator.instrument.suite.kind):
+                pairings.append(
+                    pair_columns(name, comparator, candidate, run_seed=run_seed, alpha=alpha)
+                )
+    return pairings
+
+
+def comparison_entries(
+    pairings: Sequence[Pairing],
+    *,
+    columns: Mapping[Key, Mapping[Role, Outcome | Scores]],
+    policy: Policy | None,
+    primary: Mapping[str, str],
+    self_churn: Mapping[Key, float],
+    run_seed: int,
+) -> list[ComparisonEntry]:
+    """Rows of `comparisons`, with verdicts where the policy declares a margin.
+
+    Args:
+        pairings: from `pair_all`.
+        columns: all columns by key and role, for the recovered fraction.
+        policy: or None, for rates and intervals without verdicts.
+        primary: the primary judge of every suite.
+        self_churn: churn of the reference against itself, where it was measured.
+        run_seed: of the audit.
+    """
+    families = _families(pairings, policy=policy, primary=primary)
+    verdicts: dict[int, Verdict] = {}
+    for index, pairing in enumerate(pairings):
+        margin = _margin(pairing, policy)
+        if margin is not None:
+            verdicts[index] = _verdict(
+                pairings, index, margin=margin, families=families, self_churn=self_churn
+            )
+    entries: list[ComparisonEntry] = []
+    for index, pairing in enumerate(pairings):
+        verdict = verdicts.get(index)
+        if verdict is not None and _contradicted(pairings, index, verdicts, primary):
+            margin = verdict.margin
+            verdict = _verdict(
+                pairings,
+                index,
+                margin=margin,
+                families=families,
+                self_churn=self_churn,
+                judge_disagreement=True,
+            )
+            verdicts[index] = verdict
+        entries.append(_entry(pairing, verdict, families=families, index=index, churns=self_churn))
+    return [
+        _with_recovery(entry, pairing, entries=entries, columns=columns, run_seed=run_seed)
+        for entry, pairing in zip(entries, pairings, strict=True)
+    ]
+
+
+def _margin(pairing: Pairing, policy: Policy | None) -> float | None:
+    if policy is None:
+        return None
+    suite, _, metric = pairing.key
+    margin = policy.margin_for(comparison=pairing.name, suite=suite, metric=metric)
+    if margin is None and metric == NON_REFUSAL.name:
+        margin = policy.margin_for(comparison=pairing.name, suite=suite, metric=ASR.name)
+    if pairing.name == "recovery" and not _names(policy, pairing):
+        return None  # an improvement is not put to a margin unless a gate asks for it
+    return margin
+
+
+def _names(policy: Policy, pairing: Pairing) -> bool:
+    suite, _, metric = pairing.key
+    return any(
+        isinstance(gate, MarginGate)
+        and (gate.comparison, gate.suite, gate.metric) == (pairing.name, suite, metric)
+        for gate in policy.gate
+    )
+
+
+def _families(
+    pairings: Sequence[Pairing], *, policy: Policy | None, primary: Mapping[str, str]
+) -> dict[int, list[int]]:
+    """For every pairing whose p-value is adjusted, the indices of its family (itself included).
+
+    One family per comparison, over the primary instruments that margin gates name.
+    """
+    if policy is None:
+        return {}
+    named = {
+        (gate.suite, gate.metric) for gate in policy.gate if isinstance(gate, MarginGate)
+    }
+    members: dict[ComparisonName, list[int]] = {}
+    for index, pairing in enumerate(pairings):
+        suite, judge, metric = pairing.key
+        scorer = isinstance(pairing.comparator, Scores)
+        if (suite, metric) in named and (scorer or primary.get(suite) == judge):
+            members.setdefault(pairing.name, []).append(index)
+    return {index: family for family in members.values() for index in family}
+
+
+def _adjusted(
+    pairings: Sequence[Pairing], index: int, families: Mapping[int, list[int]], *, p: float
+) -> float:
+    family = families.get(index)
+    if family is None:
+        return p
+    values = [p if member == index else pairings[member].headline.p for member in family]
+    return max(p, holm(values)[family.index(index)])
+
+
+def _verdict(
+    pairings: Sequence[Pairing],
+    index: int,
+    *,
+    margin: float,
+    families: Mapping[int, list[int]],
+    self_churn: Mapping[Key, float],
+    judge_disagreement: bool = False,
+) -> Verdict:
+    pairing = pairings[index]
+    churn = self_churn.get(pairing.key)
+
+    def put(evidence: Evidence, *, final: bool, invalid_sensitive: bool = False) -> Verdict:
+        return decide(
+            evidence,
+            margin=margin,
+            p_adj=_adjusted(pairings, index, families, p=evidence.p),
+            invalid_sensitive=invalid_sensitive,
+            judge_disagreement=judge_disagreement and final,
+            self_churn=churn,
+        )
+
+    each = [put(pairing.evidence[treatment], final=False).verdict for treatment in TREATMENTS]
+    return put(pairing.headline, final=True, invalid_sensitive=verdicts_differ(each))
+
+
+def _contradicted(
+    pairings: Sequence[Pairing],
+    index: int,
+    verdicts: Mapping[int, Verdict],
+    primary: Mapping[str, str],
+) -> bool:
+    """Whether a secondary judge certifies what the primary finds drifted, or the reverse."""
+    suite, judge, metric = pairings[index].key
+    if primary.get(suite) != judge:
+        return False
+    for other, verdict in verdicts.items():
+        its_suite, its_judge, its_metric = pairings[other].key
+        same = its_metric == metric or {its_metric, metric} == {ASR.name, NON_REFUSAL.name}
+        if (
+            other != index
+            and same
+            and its_suite == suite
+            and its_judge != judge
+            and pairings[other].name == pairings[index].name
+            and judges_disagree(verdicts[index].verdict, verdict.verdict)
+            and primary.get(suite) not in ("oracle", "exact-match")
+        ):
+            return True
+    return False
+
+
+def _entry(
+    pairing: Pairing,
+    verdict: Verdict | None,
+    *,
+    families: Mapping[int, list[int]],
+    index: int,
+    churns: Mapping[Key, float],
+) -> ComparisonEntry:
+    evidence = pairing.headline
+    suite, judge, metric = pairing.key
+    table = evidence.table
+    return ComparisonEntry(
+        name=pairing.name,
+        instrument_id=pairing.comparator.instrument.instrument_id,
+        suite=suite,
+        judge=judge,
+        metric=metric,
+        n=evidence.n,
+        n_clusters=evidence.n_clusters,
+        table=None if table is None else Table(e=table.e, b=table.b, c=table.c, d=table.d),
+        diff=evidence.diff,
+        ci=_interval(evidence.ci),
+        ci_secondary=_interval(evidence.ci_secondary),
+        p=evidence.p,
+        p_adj=verdict.p_adj if verdict else evidence.p,
+        family=pairing.name if index in families else None,
+        churn=evidence.churn,
+        self_churn=churns.get(pairing.key),
+        margin=verdict.margin if verdict else None,
+        verdict=verdict.verdict if verdict else None,
+        reason=verdict.reason if verdict else None,
+        flags=verdict.flags if verdict else (),
+        n_needed=verdict.n_needed if verdict else None,
+        n_needed_reason=verdict.n_needed_reason if verdict else None,
+    )
+
+
+def _with_recovery(
+    entry: ComparisonEntry,
+    pairing: Pairing,
+    *,
+    entries: Sequence[ComparisonEntry],
+    columns: Mapping[Key, Mapping[Role, Outcome | Scores]],
+    run_seed: int,
+) -> ComparisonEntry:
+    """Add the recovered fraction to a residual whose drift was found."""
+    if entry.name != "residual":
+        return entry
+    drifted = any(
+        (other.name, other.instrument_id, other.metric)
+        == ("drift", entry.instrument_id, entry.metric)
+        and other.verdict == "drift"
+        for other in entries
+    )
+    if not drifted:
+        return entry.model_copy(update={"recovered_fraction_reason": "no verdict of drift"})
+    by_role = columns[pairing.key]
+    rows = [
+        (x, y, z, cluster)
+        for x, y, z, cluster in zip(
+            by_role["reference"].values,
+            by_role["subject"].values,
+            by_role["repaired"].values,
+            pairing.comparator.clusters,
+            strict=True,
+        )
+        if x is not None and y is not None and z is not None
+    ]
+    result = recovered_fraction(
+        reference=[float(row[0]) for row in rows],
+        subject=[float(row[1]) for row in rows],
+        repaired=[float(row[2]) for row in rows],
+        seed=comparison_seed(entry.instrument_id, "recovered_fraction", run_seed),
+        clusters=[row[3] for row in rows],
+    )
+    return entry.model_copy(
+        update={
+            "recovered_fraction": result.value,
+            "recovered_fraction_ci": _interval(result.interval),
+            "recovered_fraction_reason": result.reason,
+        }
+    )
+
+
+def family_entries(
+    pairings: Sequence[Pairing], *, primary: Mapping[str, str], alpha: float = ALPHA
+) -> list[FamilyEntry]:
+    """One decision per comparison over all harmful suites, by their primary judges."""
+    entries: list[FamilyEntry] = []
+    for name in COMPARISONS:
+        members = [
+            pairing
+            for pairing in pairings
+            if pairing.name == name
+            and pairing.key[2] in (ASR.name, NON_REFUSAL.name)
+            and primary.get(pairing.key[0]) == pairing.key[1]
+            and pairing.comparator.instrument.suite.kind == "harmful"
+        ]
+        if not members:
+            continue
+        suites = tuple(pairing.key[0] for pairing in members)
+        try:
+            test = family_test([_member(pairing) for pairing in members], alpha=alpha)
+        except UsageError as error:
+            entries.append(
+                FamilyEntry(
+                    name=f"{name}: harmful", comparison=name, members=suites, reason=error.message
+                )
+            )
+            continue
+        entries.append(
+            FamilyEntry(
+                name=f"{name}: harmful",
+                comparison=name,
+                members=suites,
+                pooled_p=test.pooled_p,
+                max_drop=(
+                    None if test.max_drop is None else MaxDrop(T=test.max_drop, p=test.max_drop_p)
+                ),
+                fisher=FisherTest(X=test.fisher, p=test.fisher_p),
+                flagged=test.flagged,
+            )
+        )
+    return entries
+
+
+def _member(pairing: Pairing) -> FamilyMember:
+    table = pairing.headline.table
+    assert table is not None, f"{pairing.key} is not binary"
+    suite, judge, _ = pairing.key
+    return FamilyMember(
+        suite=suite,
+        judge=judge,
+        b=table.b,
+        c=table.c,
+        clustered=pairing.comparator.instrument.suite.clustered,
+    )
+
+
+def check_margins(policy: Policy) -> None:
+    """Refuse margins that no rate can have.
+
+    Raises:
+        PolicyError: a margin of 1 or more on a metric that is a rate.
+    """
+    for gate in policy.gate:
+        if isinstance(gate, MarginGate) and gate.metric not in ("refusal_logodds", "kl"):
+            if gate.margin >= 1.0:
+                raise PolicyError(
+                    f"gate {gate.id!r}: margin {gate.margin} of a rate must be below 1",
+                    "margins are fractions: 0.03 is three percentage points",
+                )
+
+
+def _interval(interval: Interval | None) -> ConfidenceInterval | None:
+    if interval is None:
+        return None
+    return ConfidenceInterval(
+        level=interval.level, low=interval.low, high=interval.high, method=interval.method
+    )
