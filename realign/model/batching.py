@@ -99,3 +99,12 @@ def forward(model: Any, batch: Batch, *, last: int | None = None) -> Any:
     if last is not None and "logits_to_keep" in accepted:
         options["logits_to_keep"] = last
     return model(input_ids=batch.input_ids, **options)
+
+
+def pad_flags(flags: Sequence[Sequence[bool]], indices: Sequence[int], *, batch: Batch) -> Tensor:
+    """Per-token flags of the batch's rows as a bool tensor [rows, length]; False at padding."""
+    padded = torch.zeros(tuple(batch.input_ids.shape), dtype=torch.bool)
+    for row, index in enumerate(indices):
+        if flags[index]:
+            padded[row, batch.length - len(flags[index]) :] = torch.tensor(flags[index])
+    return padded.to(batch.input_ids.device)
