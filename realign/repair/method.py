@@ -166,7 +166,10 @@ class Method(ABC):
     def required_roles(self) -> frozenset[Role]:
         """Return every checkpoint that `edit` reads, once the safety vector is settled."""
         kind = self.vector_kind
-        return self.needs if kind is None else self.needs | {kind}
+        if kind is None:
+            return self.needs
+        extra: frozenset[Role] = frozenset({kind})
+        return self.needs | extra
 
     def prepare(self, workbench: Workbench) -> Statistics:
         """Collect what `edit` needs beside the weights; most methods need nothing."""
@@ -222,7 +225,10 @@ def settle_safety_vector(method: Method, available: Collection[str]) -> Settled:
         kind = given[0]
     note = ""
     if kind != paper:
-        note = f"deviation: the paper uses {formula[paper]}, this run uses {formula[kind]}"
+        note = (
+            f"deviation: {method.name} is defined with {formula[paper]}, "
+            f"this run uses {formula[kind]}"
+        )
     return Settled(with_settings(method, safety_vector=kind), note)
 
 

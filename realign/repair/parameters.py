@@ -101,9 +101,8 @@ class Choice:
 
     def describe(self) -> str:
         """Name the options."""
-        return ", ".join(f"`{option}`" for option in self.options[:-1]) + (
-            f" or `{self.options[-1]}`" if len(self.options) > 1 else f"`{self.options[0]}`"
-        )
+        *others, last = (f"`{option}`" for option in self.options)
+        return f"{', '.join(others)} or {last}" if others else last
 
 
 @dataclass(frozen=True)
@@ -174,7 +173,7 @@ def parameter(default: T, domain: Domain, *, symbol: str = "", source: str) -> T
 
     The field's docstring, the string under it, is its description.
     """
-    metadata = {"domain": domain, "symbol": symbol, "source": source}
+    metadata = {"default": default, "domain": domain, "symbol": symbol, "source": source}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -184,7 +183,7 @@ def parameters_of(cls: type[Any]) -> tuple[Parameter, ...]:
     return tuple(
         Parameter(
             name=field.name,
-            default=field.default,
+            default=field.metadata["default"],
             domain=field.metadata["domain"],
             symbol=field.metadata["symbol"],
             source=field.metadata["source"],

@@ -15,8 +15,10 @@ from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.method import Card, Method, Statistics
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
-from realign.subspace.spectrum import Decomposition, decompose
+from realign.subspace.spectrum import Decomposition, Side, decompose
 from realign.subspace.vectors import difference, squared_norm
+
+SIDES: dict[str, Side] = {"both": "both", "left": "left", "right": "right"}
 
 CARD = Card(
     title="Two-sided drift replacement",
@@ -107,8 +109,7 @@ class Replace(Method):
         self, layer: Layer, decomposition: Decomposition, k: int
     ) -> tuple[Tensor, Tensor]:
         """Return U_k [d_out, k] and V_k [d_in, k]; the side that is not used may be empty."""
-        side = {"left": "left", "right": "right"}.get(self.side, "both")
-        triplets = decomposition.triplets(k, side=side)
+        triplets = decomposition.triplets(k, side=SIDES[self.side])
         return triplets.u, triplets.v
 
 
