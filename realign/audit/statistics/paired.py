@@ -185,7 +185,7 @@ def tango_interval(b: int, c: int, n: int, *, alpha: float = ALPHA) -> Interval 
 
 
 def tango_within(
-    b: ArrayLike, c: ArrayLike, n: ArrayLike, *, margin: float, alpha: float = ALPHA
+    b: ArrayLike, c: ArrayLike, n: ArrayLike, *, margin: ArrayLike, alpha: float = ALPHA
 ) -> NDArray[np.bool_]:
     """Whether the upper limit is at most the margin, decided without a root: T(margin) <= -z."""
     return tango_statistic(b, c, n, margin) <= -critical_value(alpha)

@@ -62,7 +62,7 @@ def cluster_sums(
     `values` is [items] or [items, columns]. Units come sorted, so the items' order does not matter.
     """
     items = np.asarray(values, dtype=np.float64)
-    items = items.reshape(len(items), -1)
+    items = items[:, None] if items.ndim == 1 else items
     if clusters is None:
         sums, sizes = items, np.ones(len(items))
     else:
@@ -167,11 +167,11 @@ def cluster_standard_error(
 
     sqrt(sum over clusters of (sum over its items of (delta_i - mean))^2) / n.
     """
-    values = np.sort(np.asarray(differences, dtype=np.float64)) if clusters is None else differences
-    items = np.asarray(values, dtype=np.float64)
+    items = np.asarray(differences, dtype=np.float64)
     if len(items) == 0:
         return None
-    sums, _ = cluster_sums(items - items.mean(), clusters)
+    mean = np.sort(items).mean()  # sorted: the same bytes in any order of the items
+    sums, _ = cluster_sums(items - mean, clusters)
     return float(np.sqrt(np.sum(sums[:, 0] ** 2)) / len(items))
 
 
