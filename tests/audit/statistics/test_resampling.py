@@ -7,7 +7,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy.stats import permutation_test, ttest_1samp
+from scipy.stats import multinomial, permutation_test, ttest_1samp
 
 from realign.audit.statistics.intervals import Interval
 from realign.audit.statistics.paired import mcnemar_one_sided
@@ -62,6 +62,17 @@ def test_exact_percentiles_of_vector_a():
     assert np.mean(means <= 0) == pytest.approx(0.18336)
     assert both(bootstrap_interval(A, seed=1, clusters=A_CLUSTERS)) == pytest.approx((-0.10, 0.40))
     assert both(bootstrap_interval(A, seed=1)) == pytest.approx((-0.05, 0.35))
+
+
+def test_exact_item_percentiles_of_vector_a():
+    # a resample of 20 items is a trinomial draw of +1 (4/20), -1 (1/20) and 0 (15/20)
+    up, down = (grid.ravel() for grid in np.meshgrid(np.arange(21), np.arange(21)))
+    up, down = up[up + down <= 20], down[up + down <= 20]
+    weight = multinomial.pmf(np.stack([up, down, 20 - up - down], axis=1), 20, [0.2, 0.05, 0.75])
+    sums = np.arange(-20, 21)
+    share = np.cumsum([weight[up - down == k].sum() for k in sums])
+    exact = [sums[np.searchsorted(share, q)] / 20 for q in (0.025, 0.975)]
+    assert exact == pytest.approx([-0.05, 0.35])
 
 
 def test_ignoring_clusters_is_optimistic():
