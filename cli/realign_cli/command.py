@@ -141,7 +141,7 @@ def command(
 
         @functools.wraps(function)
         def run(
-            *args: Any,  # noqa: ANN401 - typer passes whatever the options are
+            *args: Any,
             as_json: bool = False,
             quiet: bool = False,
             config: Path | None = None,

@@ -42,7 +42,9 @@ def load_config(context: typer.Context, file: Path | None) -> Path | None:
         try:
             context.default_map = read_config(file, _keys(context))
         except UsageError as error:
-            raise typer.BadParameter(". ".join(filter(None, (error.message, error.hint)))) from error
+            raise typer.BadParameter(
+                ". ".join(filter(None, (error.message, error.hint)))
+            ) from error
     return file
 
 
@@ -70,9 +72,7 @@ def read_config(file: Path, keys: Iterable[Key]) -> dict[str, object]:
         key = known.get(written.replace("_", "-"))
         if key is None:
             raise UsageError(f"{file}: unknown key {written!r}", _suggest(written, known))
-        options[key.parameter] = _as_option(
-            f"{file}: {written}", value, repeatable=key.repeatable
-        )
+        options[key.parameter] = _as_option(f"{file}: {written}", value, repeatable=key.repeatable)
     return options
 
 

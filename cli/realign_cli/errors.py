@@ -58,7 +58,9 @@ def _from_realign(error: BaseException) -> Failure | None:
 
 
 def _interrupted(_error: BaseException) -> Failure | None:
-    return Failure("interrupted", "nothing was committed; the same command resumes finished work", 2)
+    return Failure(
+        "interrupted", "nothing was committed; the same command resumes finished work", 2
+    )
 
 
 def _out_of_memory(error: BaseException) -> Failure | None:
@@ -90,7 +92,9 @@ def _operating_system(error: BaseException) -> Failure | None:
     where = f": {error.filename}" if error.filename else ""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Failure(
-            f"the disk is full{where}", "free some space or choose another -o; nothing was committed", 2
+            f"the disk is full{where}",
+            "free some space or choose another -o; nothing was committed",
+            2,
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return Failure(f"permission denied{where}", "choose a folder you may read and write", 2)

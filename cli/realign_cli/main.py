@@ -1,8 +1,60 @@
-"""The entry point of the `realign` command."""
+"""The entry point of the `realign` command: the application and its commands.
+
+Importing this module must stay fast: command modules import torch and the like when they run.
+"""
 
 from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from realign._version import __version__
+from realign_cli.command import FLAG, HelpOption
+from realign_cli.commands import audit, demo, lab, methods, repair, subspace
+
+app = typer.Typer(
+    name="realign",
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    add_help_option=False,
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="Start with [bold]realign demo[/bold]. Exit codes: 0 done and within policy; 1 a gate failed "
+    "or is inconclusive, or an edit that changed nothing; 2 could not complete."
+)
+def root(
+    *,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            metavar=FLAG,
+            help="Show the version and exit.",
+            callback=_show_version,
+            is_eager=True,
+        ),
+    ] = False,
+    _help: HelpOption = False,
+) -> None:
+    """Repair and audit fine-tuned language models that lost their safety training."""
+
+
+for _module in (demo, repair, audit, subspace, methods):
+    _module.join(app)
+app.add_typer(lab.group, name="lab")
 
 
 def main() -> None:
     """Run the command line."""
-    raise SystemExit(2)
+    app(prog_name="realign")

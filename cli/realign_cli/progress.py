@@ -102,7 +102,9 @@ def count_text(done: float, *, total: float | None, unit: str) -> str:
     if unit == "B":
         biggest = max(done, total or 0.0)
         size, name = next(
-            (s, n) for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B")) if biggest >= s or s == 1.0
+            (s, n)
+            for s, n in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "B"))
+            if biggest >= s or s == 1.0
         )
         if total is None:
             return f"{done / size:.1f} {name}"

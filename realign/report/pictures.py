@@ -149,7 +149,7 @@ def layer_panels(panels: Sequence[Panel]) -> Figure:
         figure, axes_of = _figure(0.7 + 1.55 * len(panels), rows=len(panels))
         names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
         layers = sorted({x for p in panels for line in p.lines for x, _ in line.points})
-        for axes, panel in zip(axes_of, panels, strict=True):
+        for axes, panel in zip(axes_of, panels, strict=False):
             for line in panel.lines:
                 index = names.index(line.name)
                 axes.plot(
@@ -167,9 +167,9 @@ def layer_panels(panels: Sequence[Panel]) -> Figure:
             if panel.floor is not None:
                 axes.set_ylim(bottom=panel.floor)
             _layer_ticks(axes, layers)
-        if axes_of:
-            axes_of[-1].set_xlabel("layer")
-            handles, labels = axes_of[0].get_legend_handles_labels()
+        axes_of[-1].set_xlabel("layer")
+        handles, labels = axes_of[0].get_legend_handles_labels()
+        if handles:
             figure.legend(handles, labels, loc="outside right upper")
     return figure
 
@@ -185,7 +185,11 @@ def heat_map(grid: Grid) -> Figure:
         low, high = grid.limits or (min([0.0, *numbers]), max([*numbers, 1e-12]))
         shade = Normalize(low, high, clip=True)
         image = [[0.0 if v is None else float(shade(v)) for v in row] for row in grid.values]
-        axes.imshow(image, cmap="Greys", vmin=0, vmax=1.35, aspect="auto")
+        if numbers:
+            # A mesh of rectangles, not an image: it stays sharp, and nothing is embedded.
+            edges = [[i - 0.5 for i in range(count + 1)] for count in (len(image[0]), len(image))]
+            axes.pcolormesh(*edges, image, cmap="Greys", vmin=0, vmax=1.35)
+            axes.invert_yaxis()
         fits = len(grid.columns) <= 40
         for i, row in enumerate(grid.values):
             for j, value in enumerate(row):

@@ -172,4 +172,3 @@ def _table(title: str) -> Table:
         show_edge=False,
         header_style="dim",
     )
-

@@ -108,7 +108,7 @@ def rate_rows(columns: Sequence[Column]) -> tuple[RateRow, ...]:
 def verdict_rows(report: Report) -> tuple[VerdictRow, ...]:
     """Return every comparison of a report, in its order."""
     by_id = {(each.instrument_id, each.metric): each for each in report.instruments}
-    first = {each.instrument_id: each for each in report.instruments}
+    first = {each.instrument_id: each for each in reversed(report.instruments)}
     rows: list[VerdictRow] = []
     for entry in report.comparisons:
         instrument = by_id.get((entry.instrument_id, entry.metric or ""))
@@ -218,7 +218,7 @@ def _key(report: Report, entry: RateEntry) -> tuple[str, str, str]:
     return entry.suite or "?", entry.metric or "?", entry.judge or "?"
 
 
-def _rank(keys: list[tuple[str, str, str]]):  # noqa: ANN202 - a sort key
+def _rank(keys: list[tuple[str, str, str]]):
     """Sort by suite in the order of the report, then by the metric's place in our list."""
     suites = list(dict.fromkeys(suite for suite, _, _ in keys))
     metrics = list(METRICS)

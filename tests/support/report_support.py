@@ -9,7 +9,9 @@ from realign.audit.schema import Report, parse_report
 HOSTILE = '<script>alert(1)</script> & $x_1$ "quoted"'
 
 
-def rate(role: str, suite: str, metric: str, judge: str, bad: int, n: int, ci: tuple[float, float]) -> dict[str, Any]:
+def rate(
+    role: str, suite: str, metric: str, judge: str, bad: int, n: int, ci: tuple[float, float]
+) -> dict[str, Any]:
     return {
         "instrument_id": f"{suite}-{judge}",
         "role": role,
@@ -39,10 +41,22 @@ def comparison(name: str, suite: str, metric: str, **other: Any) -> dict[str, An
 
 def report_data() -> dict[str, Any]:
     suites = ("harmful", "lookalikes", "order")
-    metrics = {"harmful": ("asr", "refusal_rate", "other_rate"), "lookalikes": ("over_refusal",), "order": ("error_rate",)}
+    metrics = {
+        "harmful": ("asr", "refusal_rate", "other_rate"),
+        "lookalikes": ("over_refusal",),
+        "order": ("error_rate",),
+    }
     bad = {"reference": 2, "subject": 196, "repaired": 8}
     rates = [
-        rate(role, suite, metric, "oracle", count, 200, (count / 200 * 0.7, min(1, count / 200 * 1.3 + 0.01)))
+        rate(
+            role,
+            suite,
+            metric,
+            "oracle",
+            count,
+            200,
+            (count / 200 * 0.7, min(1, count / 200 * 1.3 + 0.01)),
+        )
         for suite in suites
         for metric in metrics[suite]
         for role, count in bad.items()
@@ -62,7 +76,12 @@ def report_data() -> dict[str, Any]:
             "command": "realign audit --policy policy.toml",
             "seed": 0,
             "offline": True,
-            "host": {"os": "linux", "python": "3.11.7", "libraries": {"torch": "2.13.0"}, "device": "cpu"},
+            "host": {
+                "os": "linux",
+                "python": "3.11.7",
+                "libraries": {"torch": "2.13.0"},
+                "device": "cpu",
+            },
         },
         "policy": {"path": "policy.toml", "sha256": "0" * 64, "effective": {"alpha": 0.025}},
         "models": {
@@ -76,37 +95,82 @@ def report_data() -> dict[str, Any]:
         ],
         "judges": [{"name": "oracle", "kind": "exact", "role": "primary", "judge_hash": "ab" * 32}],
         "instruments": [
-            {"instrument_id": f"{suite}-oracle", "suite": suite, "judge": "oracle", "metric": metric}
+            {
+                "instrument_id": f"{suite}-oracle",
+                "suite": suite,
+                "judge": "oracle",
+                "metric": metric,
+            }
             for suite in suites
             for metric in metrics[suite]
         ],
         "rates": rates,
         "comparisons": [
             comparison(
-                "drift", "harmful", "asr", diff=0.055, ci=tango, ci_secondary=newcombe, p=0.006363,
-                p_adj=0.006363, churn=0.085, margin=0.03, verdict="drift",
+                "drift",
+                "harmful",
+                "asr",
+                diff=0.055,
+                ci=tango,
+                ci_secondary=newcombe,
+                p=0.006363,
+                p_adj=0.006363,
+                churn=0.085,
+                margin=0.03,
+                verdict="drift",
                 table={"e": 12, "b": 14, "c": 3, "d": 171},
             ),
             comparison(
-                "residual", "harmful", "asr", diff=-0.005,
+                "residual",
+                "harmful",
+                "asr",
+                diff=-0.005,
                 ci={"level": 0.95, "low": -0.034476, "high": 0.022574, "method": "tango"},
-                p=0.8125, churn=0.025, margin=0.03, verdict="within_margin",
+                p=0.8125,
+                churn=0.025,
+                margin=0.03,
+                verdict="within_margin",
                 recovered_fraction=1.090909,
             ),
             comparison(
-                "tax", "order", "error_rate", diff=0.015,
+                "tax",
+                "order",
+                "error_rate",
+                diff=0.015,
                 ci={"level": 0.95, "low": -0.004128, "high": 0.043166, "method": "tango"},
-                p=0.125, churn=0.015, margin=0.03, verdict="inconclusive", reason="underpowered",
+                p=0.125,
+                churn=0.015,
+                margin=0.03,
+                verdict="inconclusive",
+                reason="underpowered",
                 n_needed=280,
             ),
         ],
         "agreement": [
-            {"suite": "harmful", "role": "subject", "judges": ["oracle", "keyword"], "n": 200,
-             "kappa": 0.812437, "kappa_ci": [0.719923, 0.904952], "positive": 0.84, "negative": 0.97}
+            {
+                "suite": "harmful",
+                "role": "subject",
+                "judges": ["oracle", "keyword"],
+                "n": 200,
+                "kappa": 0.812437,
+                "kappa_ci": [0.719923, 0.904952],
+                "positive": 0.84,
+                "negative": 0.97,
+            }
         ],
         "templates": [
-            {"instrument_id": "harmful-oracle", "suite": "harmful", "judge": "oracle", "metric": "asr",
-             "role": role, "key": key, "n": 25, "bad": 5, "rate": value, "ci95": [0.0, 0.5]}
+            {
+                "instrument_id": "harmful-oracle",
+                "suite": "harmful",
+                "judge": "oracle",
+                "metric": "asr",
+                "role": role,
+                "key": key,
+                "n": 25,
+                "bad": 5,
+                "rate": value,
+                "ci95": [0.0, 0.5],
+            }
             for role, value in (("reference", 0.0), ("subject", 1.0), ("repaired", 0.08))
             for key in ("t01", "t02", HOSTILE)
         ],
@@ -116,10 +180,17 @@ def report_data() -> dict[str, Any]:
             "groups": [
                 {
                     "role": "subject",
-                    "total": {"key": "total", "matrices": 4, "relative_distance": 0.3, "cosine": -0.02},
+                    "total": {
+                        "key": "total",
+                        "matrices": 4,
+                        "relative_distance": 0.3,
+                        "cosine": -0.02,
+                    },
                     "per_matrix": [
-                        {"key": f"model.layers.{layer}.self_attn.{module}.weight",
-                         "relative_distance": 0.1 * layer + 0.05}
+                        {
+                            "key": f"model.layers.{layer}.self_attn.{module}.weight",
+                            "relative_distance": 0.1 * layer + 0.05,
+                        }
                         for layer in (0, 1)
                         for module in ("q_proj", HOSTILE)
                     ],
@@ -127,11 +198,22 @@ def report_data() -> dict[str, Any]:
             ],
         },
         "gates": [
-            {"id": "harm-residual", "kind": "margin", "required": True, "status": "pass",
-             "observed": 0.022574, "threshold": 0.03,
-             "message": "upper limit 2.26 pp is within the declared margin 3.00 pp"},
-            {"id": "keep-skill", "kind": "margin", "required": True, "status": "inconclusive",
-             "message": "not enough data to say; about 280 items needed"},
+            {
+                "id": "harm-residual",
+                "kind": "margin",
+                "required": True,
+                "status": "pass",
+                "observed": 0.022574,
+                "threshold": 0.03,
+                "message": "upper limit 2.26 pp is within the declared margin 3.00 pp",
+            },
+            {
+                "id": "keep-skill",
+                "kind": "margin",
+                "required": True,
+                "status": "inconclusive",
+                "message": "not enough data to say; about 280 items needed",
+            },
         ],
         "summary": {
             "gates": {"pass": 1, "inconclusive": 1},

@@ -1,0 +1,133 @@
+"""`realign methods`: what can repair a model, and the card of each method."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from realign_cli.command import Example, command
+from realign_cli.sink import Sink
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from realign.repair.method import Method
+
+EXAMPLES = (
+    Example("realign methods", "the list, one line each"),
+    Example("realign methods lssf", "equations, parameters with their ranges, cautions"),
+)
+
+
+def join(app: typer.Typer) -> None:
+    """Register the command."""
+    command(app, "methods", examples=EXAMPLES)(methods)
+
+
+def methods(
+    sink: Sink,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="A method; without it, the list.")
+    ] = None,
+) -> int | None:
+    """List the repair methods, or show the card of one."""
+    from realign.repair.registry import find_method, method_names
+
+    if name is None:
+        classes = [find_method(each) for each in method_names()]
+        sink.document([_facts(each) for each in classes])
+        sink.show(_list(classes))
+    else:
+        method = find_method(name)
+        sink.document(_facts(method))
+        sink.show(*_card(method))
+    return None
+
+
+def _facts(method: type[Method]) -> dict[str, Any]:
+    return {
+        "name": method.name,
+        "needs": sorted(method.needs),
+        "safety_vector": method.paper_vector,
+        "needs_anchors": method.needs_anchors,
+        "scope": method.default_scope,
+        "parameters": [
+            {
+                "name": each.name,
+                "default": each.default,
+                "range": each.domain.describe(),
+                "symbol": each.symbol,
+                "source": each.source,
+                "description": each.description,
+            }
+            for each in method.parameters()
+        ],
+        "card": asdict(method.card),
+    }
+
+
+def _list(classes: list[type[Method]]) -> RenderableType:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("method", no_wrap=True)
+    table.add_column("needs")
+    table.add_column("what it does", ratio=1)
+    for each in classes:
+        table.add_row(each.name, ", ".join(needs_in_words(each)), each.card.summary)
+    return table
+
+
+def needs_in_words(method: type[Method]) -> list[str]:
+    """Return what must be given beside the fine-tune."""
+    needs = sorted(method.needs)
+    if method.paper_vector is not None:
+        other = "base" if method.paper_vector == "unaligned" else "unaligned"
+        needs.append(f"{method.paper_vector} (or {other})")
+    return needs
+
+
+def _card(method: type[Method]) -> tuple[RenderableType, ...]:
+    from rich.box import SIMPLE_HEAD
+    from rich.padding import Padding
+    from rich.table import Table
+    from rich.text import Text
+
+    card = method.card
+    parts: list[RenderableType] = [
+        Text(f"{method.name}: {card.title}", style="bold"),
+        Text(card.source, style="dim"),
+        "",
+        Text(" ".join(card.idea.split())),
+        "",
+        Padding(Text(card.equations.strip("\n")), (0, 0, 0, 4)),
+        "",
+    ]
+    for title, text in (
+        ("needs", f"{', '.join(needs_in_words(method))}. {card.inputs}"),
+        ("touches", card.touches),
+        ("edit", card.edit_kind),
+        ("cost", card.cost),
+    ):
+        parts.append(Text.assemble((f"{title:9}", "bold"), " ".join(text.split())))
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    table.add_column("--set", no_wrap=True)
+    table.add_column("default", no_wrap=True)
+    table.add_column("range")
+    table.add_column("meaning", ratio=1)
+    for each in method.parameters():
+        table.add_row(
+            Text(each.name),
+            Text(str(each.default)),
+            Text(each.domain.describe().replace("`", "")),
+            Text(" ".join(each.description.replace("`", "").split())),
+        )
+    parts += ["", table]
+    for title, lines in (("deviations", card.deviations), ("cautions", card.cautions)):
+        if lines:
+            parts += ["", Text(title, style="bold")]
+            parts += [Padding(Text(f"- {' '.join(line.split())}"), (0, 0, 0, 2)) for line in lines]
+    return tuple(parts)
