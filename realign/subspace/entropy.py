@@ -46,7 +46,7 @@ def entropy_rank(energies: Tensor, eta: float) -> int:
     if positive <= 1 or eta >= 1.0:
         return positive
     cumulative = torch.cumsum(entropy_terms(energies), 0)
-    if float(cumulative[-1]) <= 0.0:  # a second direction so weak that p_1 rounds to 1
+    if float(cumulative[-1]) <= 0.0:  # every p but p_1 underflows
         return 1
     return min(int(torch.count_nonzero(cumulative <= eta * cumulative[-1])) + 1, positive)
 
