@@ -12,7 +12,7 @@ import json
 import logging
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -51,8 +51,8 @@ _FLOAT_DTYPES = {
 class LoadedModel:
     """A model ready to run. Use it as a context manager, or call `unload`, to free its memory."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel = field(repr=False)
+    tokenizer: PreTrainedTokenizerBase = field(repr=False)
     device: torch.device
     name: str
     """As the user named it."""
