@@ -83,6 +83,9 @@ def test_a_hostile_generation_config_changes_nothing(tmp_path: Path) -> None:
         "eos_token_id": 3,
     }
     (hostile / "generation_config.json").write_text(json.dumps(settings))
+    config = json.loads((hostile / "config.json").read_text())
+    older = {"do_sample": True, "num_beams": 2, "suppress_tokens": [frequent], "max_length": 3}
+    (hostile / "config.json").write_text(json.dumps(config | older))
     subject = load_model(hostile, device="cpu")
     assert in_order(list(generate(subject, PROMPTS, max_new_tokens=12))) == before
     # and one that was put on the model in memory is neither obeyed nor lost
