@@ -1,0 +1,68 @@
+"""Tensor bytes from safetensors files by position: `pread` into owned memory, never a mapping.
+
+A mapped page counts as resident until its file is closed, so a mapped model grows to its full size
+while it is streamed; a buffer is freed as soon as its tensor is.
+"""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from realign.checkpoint.headers import TensorInfo
+from realign.errors import HeaderError
+
+
+class TensorFiles:
+    """Open files, one handle each, read from any thread."""
+
+    def __init__(self) -> None:
+        self._handles: dict[Path, int] = {}
+        self._lock = Lock()
+
+    def read(self, info: TensorInfo, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, or rows [start, stop) of its first dimension, as stored.
+
+        Raises:
+            HeaderError: the file ended early (it changed or was cut since its header was read).
+        """
+        shape, offset, nbytes = info.shape, info.offset, info.nbytes
+        if rows is not None:
+            start, stop = rows
+            assert shape and 0 <= start <= stop <= shape[0], (info.name, shape, rows)
+            row_bytes = nbytes // shape[0] if shape[0] else 0
+            shape = (stop - start, *shape[1:])
+            offset, nbytes = offset + start * row_bytes, (stop - start) * row_bytes
+        out = torch.empty(prod(shape), dtype=info.torch_dtype)
+        if nbytes:
+            self._fill(info, memoryview(out.view(torch.uint8).numpy()), offset)
+        return out.reshape(shape)
+
+    def _fill(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
+        handle = self._handle(info.file)
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(handle, [buffer[done:]], offset + done)
+            if count == 0:
+                raise HeaderError(
+                    f"{info.file} ended inside {info.name!r}: it changed while it was being read",
+                    "make sure that nothing writes to the folder, then run again",
+                )
+            done += count
+
+    def _handle(self, file: Path) -> int:
+        with self._lock:
+            if file not in self._handles:
+                self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._handles[file]
+
+    def close(self) -> None:
+        """Close every file; reading again opens them again."""
+        with self._lock:
+            while self._handles:
+                os.close(self._handles.popitem()[1])

@@ -1,0 +1,214 @@
+"""A checkpoint opened lazily: every header at once, tensor bytes only when asked for.
+
+Here: the interface that every room above reads through, the folder of safetensors files that
+implements it, and `open_checkpoint`. Not here: adapters (`adapter`), pairing tensors (`matching`).
+
+Bytes come by `pread` (see `pread`), never by memory mapping.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal, Self, cast
+
+from torch import Tensor
+
+from realign.checkpoint.headers import TensorInfo, read_tensors
+from realign.checkpoint.hub import resolve
+from realign.checkpoint.manifest import sha256_file
+from realign.checkpoint.pread import TensorFiles
+from realign.checkpoint.reference import parse_reference
+from realign.errors import CheckpointError, NotFoundError
+from realign.progress import SILENT, Progress
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+class Checkpoint(ABC):
+    """Named tensors with a config, read on demand. A context manager; `close` frees its files."""
+
+    source: str
+    """As the user typed it."""
+    folder: Path
+    """Where tokenizer, templates and other small files are."""
+    commit: str | None
+    """The 40-hex Hub commit, None for a local folder."""
+    kind: Literal["full", "adapter"]
+    config: Mapping[str, Any]
+    """The parsed config.json."""
+    tensors: Mapping[str, TensorInfo]
+    """Effective tensors: an adapter shows its base's names, merged."""
+    weight_files: tuple[Path, ...]
+    """Every file whose bytes decide the weights."""
+
+    @abstractmethod
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor in its dtype on disk, on the CPU, in memory of its own.
+
+        Args:
+            name: a key of `tensors`.
+            rows: half-open range on the first dimension; None reads everything.
+
+        Raises:
+            HeaderError: the file ended early (it changed or was cut since it was opened).
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release open files. Reading afterwards opens them again."""
+
+    @abstractmethod
+    def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
+        """SHA-256 of every weight file and of config and tokenizer files, by relative name."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FolderCheckpoint(Checkpoint):
+    """A folder in Hugging Face layout with safetensors weights, one file or many."""
+
+    def __init__(self, folder: Path, *, source: str, commit: str | None = None) -> None:
+        """Read config and headers.
+
+        Raises:
+            CheckpointError: the folder is no model, or its weights cannot be read; see `headers`.
+        """
+        self.source, self.folder, self.commit, self.kind = source, folder, commit, "full"
+        self.config = read_config(folder)
+        _refuse_quantised(folder, self.config)
+        files, self.tensors = read_tensors(folder)
+        self.weight_files = files.files
+        self._files = TensorFiles()
+        self._hashes: Mapping[str, str] | None = None
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """See `Checkpoint.read`."""
+        return self._files.read(self.tensors[name], rows)
+
+    def close(self) -> None:
+        """See `Checkpoint.close`."""
+        self._files.close()
+
+    def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
+        """See `Checkpoint.file_hashes`. Computed once per instance."""
+        if self._hashes is None:
+            self._hashes = hash_files(self.folder, self.weight_files, progress)
+        return self._hashes
+
+
+def hash_files(
+    folder: Path, weights: tuple[Path, ...], progress: Progress = SILENT
+) -> Mapping[str, str]:
+    """SHA-256 of the weight files and of every small JSON, template or tokenizer file beside them."""
+    small = [
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix in {".json", ".jinja", ".model", ".txt"}
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and path.name != "realign.json"
+    ]
+    files = sorted({*weights, *small})
+    with progress.task(
+        f"hash {folder.name}", total=sum(f.stat().st_size for f in files), unit="B"
+    ) as task:
+        hashes: dict[str, str] = {}
+        for file in files:
+            hashes[file.relative_to(folder).as_posix()] = sha256_file(file)
+            task.advance(file.stat().st_size)
+    return MappingProxyType(hashes)
+
+
+def read_config(folder: Path) -> Mapping[str, Any]:
+    """The parsed config.json of a model folder.
+
+    Raises:
+        NotFoundError: there is none; CheckpointError: it is not a JSON object.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        raise NotFoundError(
+            f"{folder} is no model folder: it has no config.json",
+            "give the folder that holds config.json and the weights",
+        )
+    return read_json_object(path)
+
+
+def read_json_object(path: Path) -> Mapping[str, Any]:
+    """A JSON file that must hold an object.
+
+    Raises:
+        CheckpointError: it does not; the message names the file.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}", "restore the file") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object", "restore the file")
+    return MappingProxyType(cast(dict[str, Any], value))
+
+
+def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = (
+            cast(dict[str, Any], quantisation).get("quant_method", "unknown")
+            if isinstance(quantisation, dict)
+            else "unknown"
+        )
+        raise CheckpointError(
+            f"{folder} is quantised (quant_method {method}); its weights cannot be edited",
+            "repair the unquantised checkpoint and quantise the result",
+        )
+
+
+def open_checkpoint(
+    source: str | Path,
+    *,
+    adapter_base: Checkpoint | None = None,
+    offline: bool = False,
+    progress: Progress = SILENT,
+) -> Checkpoint:
+    """Open a checkpoint by path, Hub id (`org/name@rev`) or `MODEL+ADAPTER`; headers only.
+
+    Args:
+        source: what to open. A folder with adapter_config.json is a PEFT adapter.
+        adapter_base: the model under an adapter, where it is already open; otherwise the adapter's
+            own `base_model_name_or_path` is opened.
+        offline: resolve Hub ids from the local cache only.
+        progress: shows downloads.
+
+    Raises:
+        NotFoundError: nothing is there, or the Hub cannot be reached.
+        CheckpointError: what is there cannot be read; the message names the file.
+    """
+    from realign.checkpoint.adapter import open_adapter
+
+    reference = parse_reference(source)
+    if reference.adapter is not None:
+        base = open_checkpoint(
+            reference.text[: -len(reference.adapter) - 1], offline=offline, progress=progress
+        )
+        return open_checkpoint(
+            reference.adapter, adapter_base=base, offline=offline, progress=progress
+        )
+    resolved = resolve(reference, offline=offline, progress=progress)
+    if (resolved.folder / ADAPTER_CONFIG).is_file():
+        return open_adapter(
+            resolved.folder,
+            source=reference.text,
+            commit=resolved.commit,
+            base=adapter_base,
+            offline=offline,
+            progress=progress,
+        )
+    return FolderCheckpoint(resolved.folder, source=reference.text, commit=resolved.commit)
