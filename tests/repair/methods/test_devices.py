@@ -1,0 +1,55 @@
+"""The same edits on an accelerator; runs where there is one."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from support.subspace_support import edit_of, given, input_moments, layer_of, matrix, output_moments
+
+from realign.repair.edit import Layer
+from realign.repair.method import Method, Statistics
+from realign.repair.methods.delta_svd import DeltaSvd
+from realign.repair.methods.lssf import Lssf
+from realign.repair.methods.null_control import DeltaSvdNull, ReplaceNull
+from realign.repair.methods.replace import Replace
+from realign.repair.methods.resta import Resta
+from realign.repair.methods.wise_ft import WiseFt
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+ROLES = ("finetuned", "aligned", "base", "unaligned")
+
+
+def moved(layer: Layer) -> Layer:
+    return dataclasses.replace(layer, **{role: getattr(layer, role).cuda() for role in ROLES})
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 48)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "method",
+    [
+        Lssf(safety_vector="unaligned", min_tokens=1),
+        Lssf(safety_vector="unaligned", min_tokens=1, standardize="none", alpha1=2.0),
+        DeltaSvd(safety_vector="base"),
+        Resta(safety_vector="base"),
+        WiseFt(),
+        Replace(rank=4),
+        Replace(rank="energy", side="left"),
+        ReplaceNull(rank=4),
+        DeltaSvdNull(safety_vector="base"),
+    ],
+    ids=lambda m: m.name,
+)
+def test_accelerator_equals_cpu(method: Method, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    layer, x = layer_of(shape, dtype=dtype), matrix(shape[1], 400, seed=7)
+    assert layer.aligned is not None
+    sources: list[Statistics] = [given(input_moments(x))]
+    sources.append(given(output_moments(layer.aligned.double() @ x)))
+    for statistics in sources:
+        on_cpu = edit_of(method, layer, statistics)
+        on_gpu = edit_of(method, moved(layer), statistics)
+        assert on_gpu.is_cuda
+        assert float((on_gpu.cpu() - on_cpu).abs().max()) <= 1e-6 * float(on_cpu.abs().max()) * 4
