@@ -1,0 +1,452 @@
+"""The plan of a repair: everything that can be decided, or refused, from headers and JSON alone.
+
+`plan` opens the checkpoints, checks the method's parameters and what it needs, settles the safety
+vector once for the whole run, pairs the tensors, guards against repairing twice and against having
+nothing to repair, looks at the target folder, and estimates what the run will read, write and hold
+in memory. `--dry-run` prints the result; `engine.repair` carries it out. No tensor is read here.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from realign.audit.anchors import CORE_ANCHORS, core_anchors
+from realign.audit.contamination import overlap
+from realign.audit.suites import Suite, load_suite, parse_suite_argument
+from realign.checkpoint.manifest import read_manifest
+from realign.checkpoint.matching import Matching, Slot, TensorPair, match, same_weights
+from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.writer import ShardLayout, plan_layout
+from realign.errors import (
+    AlreadyRepairedError,
+    NothingToDoError,
+    OutputError,
+    SuiteError,
+    UsageError,
+)
+from realign.model.loading import pick_device
+from realign.progress import SILENT, Progress
+from realign.repair.method import Method, Scope, settle_safety_vector
+from realign.repair.registry import build_method
+from realign.repair.request import Inputs, RepairRequest, open_inputs
+
+MIN_ANCHORS = 16
+"""Fewer refused anchors say too little about where refusal lives."""
+
+INTERPRETER_BYTES = 330 * 2**20
+"""Resident size of Python with torch and transformers imported, before any tensor."""
+
+STREAM_BYTES = 8 * 2**20
+"""Tensors that are copied or edited entry by entry are read in chunks of about this size."""
+
+
+@dataclass(frozen=True)
+class PlannedInput:
+    """One checkpoint of the run."""
+
+    role: str
+    source: str
+    """As the user named it."""
+    folder: str
+    commit: str | None
+    kind: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class PlannedAnchors:
+    """The prompts on which the method measures activations."""
+
+    name: str
+    source: str
+    suite_hash: str
+    count: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What the run is expected to move and to hold, in bytes."""
+
+    read: int
+    """Tensors, and every weight file once more for its hash in the manifest."""
+    written: int
+    peak_memory: int
+    """Resident memory at its highest, the interpreter included."""
+    largest_matrix: int
+    """Entries of the largest matrix that is decomposed; 0 for element-wise methods."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A repair that headers allow."""
+
+    inputs: Mapping[str, PlannedInput]
+    """By role; only the checkpoints that the method reads."""
+    method: Method
+    """With its safety vector settled."""
+    scope: Scope
+    strength: float
+    seed: int
+    device: str
+    matching: Matching
+    layout: tuple[ShardLayout, ...]
+    anchors: PlannedAnchors | None
+    output: Path | None
+    patch: bool
+    max_patch_rank: int | None
+    estimate: Estimate
+    notes: tuple[str, ...]
+    """Lines worth reading before the run: deviations, unused inputs, what was noticed."""
+
+    @property
+    def edits(self) -> tuple[TensorPair, ...]:
+        """The tensors that are to be edited."""
+        return tuple(pair for pair in self.matching.pairs if pair.action == "edit")
+
+    @property
+    def copies(self) -> tuple[TensorPair, ...]:
+        """The tensors that stay as they are, bit for bit."""
+        return tuple(pair for pair in self.matching.pairs if pair.action == "copy")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The checkpoints read beside the fine-tune."""
+        return tuple(role for role in self.inputs if role != "finetuned")
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON, one record per tensor."""
+        return {
+            "schema": "realign/plan/1",
+            "inputs": {role: vars(each) for role, each in self.inputs.items()},
+            "method": {"name": self.method.name, "settings": self.method.settings()},
+            "safety_vector": self.method.vector_kind,
+            "scope": self.scope,
+            "strength": self.strength,
+            "seed": self.seed,
+            "device": self.device,
+            "anchors": None if self.anchors is None else vars(self.anchors),
+            "output": None if self.output is None else str(self.output),
+            "patch": self.patch,
+            "max_patch_rank": self.max_patch_rank,
+            "estimate": vars(self.estimate),
+            "notes": list(self.notes),
+            "tensors": [
+                {
+                    "name": pair.role.name,
+                    "kind": pair.role.kind,
+                    "module": pair.role.module,
+                    "layer": pair.role.layer,
+                    "action": pair.action,
+                    "reason": pair.reason,
+                    "slots": [slot.key for slot in pair.slots],
+                    "common_rows": pair.common_rows,
+                }
+                for pair in self.matching.pairs
+            ],
+        }
+
+
+def plan(request: RepairRequest, *, progress: Progress = SILENT) -> Plan:
+    """Decide what a repair would do, from headers and JSON only.
+
+    Raises:
+        UsageError: an unknown method, a parameter out of range, an option that is missing.
+        NotFoundError, HeaderError, MismatchError: checkpoints that are not there, cannot be read
+            or do not fit each other.
+        NothingToDoError: the fine-tune is the aligned model, or the safety vector is zero.
+        AlreadyRepairedError: the fine-tune's manifest shows this method, and `force` is not set.
+        OutputError: the target exists, lies inside an input, or does not fit on its disk.
+        SuiteError: anchors that are malformed, too few, or shared with a suite of this run.
+    """
+    with open_inputs(request, progress=progress) as inputs:
+        return plan_repair(request, inputs)
+
+
+def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
+    """`plan`, over checkpoints that are open already."""
+    method = build_method(request.method, request.settings)
+    check_strength(method, request.strength)
+    _check_needs(method, inputs)
+    settled = settle_safety_vector(method, [r for r in inputs.others if r != "aligned"])
+    method = settled.method
+    scope = _scope(request.scope, method)
+    used = {role: inputs.others[role] for role in sorted(method.required_roles())}
+    _check_patch(request, method)
+    device = str(pick_device(request.device))
+    notes = [settled.note] if settled.note else []
+    notes += [
+        f"the {role} model is not read by {method.name} with these settings"
+        for role in inputs.others
+        if role not in used
+    ]
+    _check_something_to_do(method, inputs.finetuned, used)
+    notes += _check_first_repair(request, method, inputs.finetuned)
+    matching = match(inputs.finetuned, used, scope=scope)
+    if not any(pair.action == "edit" for pair in matching.pairs):
+        raise NothingToDoError(
+            f"{inputs.finetuned.source} has no tensor in the scope {scope}",
+            "choose a wider one with --scope matrices or --scope all",
+        )
+    layout = plan_layout(inputs.finetuned)
+    anchors = _plan_anchors(request) if method.needs_anchors else None
+    if request.anchors is not None and anchors is None:
+        notes.append(f"{method.name} measures no activations: the anchors are not used")
+    estimate = _estimate(method, matching, inputs, used, patch=request.patch)
+    output = None if request.output is None else Path(request.output)
+    if output is not None:
+        check_target(output, inputs, written=estimate.written)
+    return Plan(
+        inputs={
+            role: PlannedInput(
+                role=role,
+                source=checkpoint.source,
+                folder=str(checkpoint.folder),
+                commit=checkpoint.commit,
+                kind=checkpoint.kind,
+                weight_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+            )
+            for role, checkpoint in {"finetuned": inputs.finetuned, **used}.items()
+        },
+        method=method,
+        scope=scope,
+        strength=request.strength,
+        seed=request.seed,
+        device=device,
+        matching=matching,
+        layout=layout,
+        anchors=anchors,
+        output=output,
+        patch=request.patch,
+        max_patch_rank=request.max_patch_rank,
+        estimate=estimate,
+        notes=(*notes, *matching.notes),
+    )
+
+
+def check_strength(method: Method, strength: float) -> None:
+    """Check the dial t.
+
+    Raises:
+        UsageError: out of the method's range, or 0, which would change nothing.
+    """
+    method.validate_strength(strength)
+    if strength == 0.0:
+        raise UsageError(
+            "strength = 0 would leave the fine-tune as it is", "give a strength above 0"
+        )
+
+
+def check_target(output: Path, inputs: Inputs, *, written: int) -> None:
+    """Check the target folder.
+
+    Raises:
+        OutputError: it exists, lies inside an input (or holds one), or the disk is too small.
+    """
+    target = output.absolute()
+    if target.exists() or target.is_symlink():
+        raise OutputError(f"{output} exists already", "choose another -o, or remove it first")
+    resolved = target.resolve()
+    for role, checkpoint in inputs.all().items():
+        for folder in {checkpoint.folder.resolve(), *(f.parent for f in checkpoint.weight_files)}:
+            if resolved.is_relative_to(folder):
+                raise OutputError(
+                    f"{output} lies inside the {role} checkpoint {checkpoint.source}",
+                    "inputs are never changed: choose a folder outside of them",
+                )
+    place = next(folder for folder in target.parents if folder.exists())
+    if not place.is_dir():
+        raise OutputError(f"{place} is not a folder", "choose another -o")
+    free = shutil.disk_usage(place).free
+    if free < written:
+        raise OutputError(
+            f"{place} has {free / 1e9:.1f} GB free, the output needs {written / 1e9:.1f} GB",
+            "free some space, or choose a folder on another disk",
+        )
+
+
+def load_anchors(source: str | Path | None) -> Suite:
+    """The anchors: `core-anchors`, or a user's suite of any kind or plain JSONL.
+
+    Raises:
+        SuiteError: the file is missing or malformed.
+    """
+    if source is None or str(source) == CORE_ANCHORS:
+        return core_anchors()
+    try:
+        return load_suite(source)
+    except UsageError:  # no header: the items speak for themselves
+        return load_suite(source, kind="anchors")
+
+
+def _check_needs(method: Method, inputs: Inputs) -> None:
+    for role in sorted(method.needs):
+        if role not in inputs.others:
+            raise UsageError(
+                f"{method.name} needs the {role} model", f"give its folder or Hub id: --{role} ..."
+            )
+
+
+def _scope(asked: str | None, method: Method) -> Scope:
+    if asked is None:
+        return method.default_scope
+    for scope in get_args(Scope):
+        if asked == scope:
+            break
+    else:
+        raise UsageError(
+            f"there is no scope {asked!r}", f"scopes: {', '.join(get_args(Scope))}"
+        )
+    if scope == "all" and not method.elementwise:
+        raise UsageError(
+            f"{method.name} works on matrices: it has nothing to say about norms and biases",
+            "use --scope block_linear or --scope matrices",
+        )
+    return scope
+
+
+def _check_patch(request: RepairRequest, method: Method) -> None:
+    if request.max_patch_rank is not None and request.max_patch_rank < 1:
+        raise UsageError(f"max_patch_rank is {request.max_patch_rank}", "it must be at least 1")
+    if not request.patch:
+        return
+    if method.elementwise:
+        raise UsageError(
+            f"{method.name} edits every entry: its edit is no LoRA patch",
+            "leave out --patch, or use a low-rank method (replace, delta_svd, lssf)",
+        )
+
+
+def _check_something_to_do(
+    method: Method, finetuned: Checkpoint, used: Mapping[str, Checkpoint]
+) -> None:
+    aligned = used.get("aligned")
+    if aligned is None:
+        return
+    if same_weights(finetuned, aligned):
+        raise NothingToDoError(
+            f"{finetuned.source} and {aligned.source} hold the same weights: "
+            "the fine-tune has not moved away from the aligned model",
+            "check that the fine-tuned and the aligned model are the ones you mean",
+        )
+    kind = method.vector_kind
+    if kind is not None and same_weights(aligned, used[kind]):
+        raise NothingToDoError(
+            f"{aligned.source} and {used[kind].source} hold the same weights: "
+            f"aligned - {kind} is zero, there is no safety vector",
+            f"check --aligned and --{kind}",
+        )
+
+
+def _check_first_repair(
+    request: RepairRequest, method: Method, finetuned: Checkpoint
+) -> list[str]:
+    """Refuse the same method twice; say so when another method went before."""
+    manifest = read_manifest(finetuned.folder)
+    done = None if manifest is None else manifest.get("method")
+    name = done.get("name") if isinstance(done, dict) else None
+    if not isinstance(name, str):
+        return []
+    if name == method.name and not request.force:
+        raise AlreadyRepairedError(
+            f"{finetuned.source} has been repaired with {name} already (see its realign.json)",
+            "a second repair is rarely meant; --force repeats it",
+        )
+    return [f"the fine-tune has been repaired before, with {name}"]
+
+
+def _plan_anchors(request: RepairRequest) -> PlannedAnchors:
+    suite = load_anchors(request.anchors)
+    if len(suite.items) < MIN_ANCHORS:
+        raise SuiteError(
+            f"{suite.source}: {len(suite.items)} anchors are too few",
+            f"give at least {MIN_ANCHORS} prompts that the aligned model refuses",
+        )
+    items = {item.id: item.prompt for item in suite.items}
+    for source in request.suites:
+        kind, path = parse_suite_argument(str(source))
+        audited = load_suite(path, kind=kind)
+        shared = overlap(items, [item.prompt for item in audited.items])
+        if shared.ids:
+            raise SuiteError(
+                f"the anchors share {shared.n_contaminated} prompts with the suite "
+                f"{audited.name}, the first is {shared.ids[0]!r}",
+                "calibrate on prompts that are not measured: take other anchors or another suite",
+            )
+    return PlannedAnchors(suite.name, suite.source, suite.suite_hash, len(suite.items))
+
+
+def _estimate(
+    method: Method,
+    matching: Matching,
+    inputs: Inputs,
+    used: Mapping[str, Checkpoint],
+    *,
+    patch: bool,
+) -> Estimate:
+    finetuned = inputs.finetuned
+    read = written = held = largest = 0
+    for pair in matching.pairs:
+        info = finetuned.tensors[pair.role.name]
+        written += info.nbytes
+        if pair.action == "copy":
+            read += 0 if patch else info.nbytes
+            continue
+        read += info.nbytes + sum(other.tensors[pair.role.name].nbytes for other in used.values())
+        if not method.elementwise:
+            matrix, peak = _matrix_bytes(pair, info.shape, info.nbytes, inputs=1 + len(used))
+            largest, held = max(largest, matrix), max(held, peak)
+    checkpoints = [finetuned, *used.values()]
+    files = {file for checkpoint in checkpoints for file in checkpoint.weight_files}
+    read += sum(file.stat().st_size for file in files)
+    # Chunks of every checkpoint, one being worked on and one read ahead, and the float32 scratch.
+    held = max(held, STREAM_BYTES * (2 * len(checkpoints) + 4))
+    if method.needs_anchors:
+        model = sum(info.nbytes for info in used["aligned"].tensors.values())
+        read += model
+        held = max(held + _moment_bytes(matching, finetuned), model + _moment_bytes(matching, finetuned))
+    return Estimate(
+        read=read,
+        written=0 if patch else written,
+        peak_memory=INTERPRETER_BYTES + held,
+        largest_matrix=largest,
+    )
+
+
+def _matrix_bytes(
+    pair: TensorPair, shape: tuple[int, ...], nbytes: int, *, inputs: int
+) -> tuple[int, int]:
+    """Entries of the largest matrix of a tensor, and the bytes held while it is decomposed."""
+    numel = max(1, math.prod(shape))
+    itemsize = max(1, nbytes // numel)
+    best = (0, 0)
+    for slot in pair.slots:
+        d_out, d_in = slot_shape(shape, slot)
+        entries, smaller = d_out * d_in, min(d_out, d_in)
+        # Every checkpoint twice (one set is read ahead), the result; two float32 differences and
+        # one of scratch; in float64 the Gram, its eigenvectors, their copy and LAPACK's workspace.
+        peak = entries * (itemsize * (2 * inputs + 1) + 12) + smaller * smaller * 8 * 6
+        best = max(best, (entries, peak), key=lambda each: each[1])
+    return best
+
+
+def slot_shape(shape: tuple[int, ...], slot: Slot) -> tuple[int, int]:
+    """[d_out, d_in] of a logical matrix inside a stored tensor."""
+    first, second = shape
+    if slot.rows is not None:
+        first = slot.rows[1] - slot.rows[0]
+    return (second, first) if slot.transposed else (first, second)
+
+
+def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:
+    """Float64 moments of every matrix, on its smaller side, as they are collected."""
+    shapes = [
+        slot_shape(finetuned.tensors[slot.tensor].shape, slot)
+        for pair in matching.pairs
+        for slot in pair.slots
+    ]
+    return sum(min(shape) ** 2 * 8 for shape in shapes)

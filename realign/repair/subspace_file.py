@@ -1,0 +1,258 @@
+"""The subspace file: what alignment wrote, decomposed once per family and read again by others.
+
+For every linear layer of the decoder blocks it holds the leading singular triples of
+a = W_aligned - W_base, in float32, and in the header's metadata where they come from. Layout:
+tensors "<key>.U" [d_out, k], "<key>.S" [k], "<key>.V" [d_in, k]; metadata `schema`, `rank_rule`,
+`aligned` and `base` (JSON: source, commit, content_digest) and `matrices` (JSON: one row each).
+
+Here: computing it, writing and reading it. Not here: what is measured against it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from realign._version import __version__
+from realign.checkpoint.manifest import content_digest
+from realign.checkpoint.matching import Slot, match, same_weights
+from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.errors import CheckpointError, NothingToDoError, OutputError, UsageError
+from realign.model.loading import pick_device
+from realign.progress import SILENT, Progress
+from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.prefetch import Prefetch
+from realign.repair.stream import logical_matrix, read_rows
+from realign.repair.verify import check_input
+from realign.subspace.entropy import entropy_rank
+from realign.subspace.projector import fix_signs
+from realign.subspace.spectrum import Triplets, decompose
+from realign.subspace.vectors import difference, squared_norm
+
+SCHEMA = "realign/subspace/1"
+RANK_RULES = ("stable", "energy", "entropy")
+DEFAULT_RANK = 32
+DEFAULT_ETA = 0.85
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceRequest:
+    """One subspace file, as a user words it."""
+
+    aligned: str | Path
+    base: str | Path
+    output: str | Path
+    rank: int | str = DEFAULT_RANK
+    """Triples kept per matrix: a number, or `stable`, `energy` or `entropy` (at `eta`)."""
+    eta: float = DEFAULT_ETA
+    """Threshold of the rules `energy` and `entropy`, and of the entropy rank in the report."""
+    device: str = "auto"
+    offline: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubspaceRow:
+    """What the spectrum of one matrix of the alignment vector looks like."""
+
+    key: str
+    tensor: str
+    module: str
+    layer: int | None
+    shape: tuple[int, int]
+    """[d_out, d_in]."""
+    norm: float
+    """norm(a), Frobenius."""
+    relative_norm: float
+    """norm(a) / norm(W_aligned)."""
+    entropy_rank: int
+    """Rule (7) of arXiv 2602.00038 at `eta`, whatever rule decided what is kept."""
+    facts: Mapping[str, float | int | str | None] = field(default_factory=dict[str, Any])
+    """`rank` (kept), `available_rank`, `entropy`, `effective_rank`, `stable_rank`, `kept_energy`."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Which checkpoint a subspace file was made from."""
+
+    source: str
+    commit: str | None
+    content_digest: str
+
+
+class SubspaceFile:
+    """A subspace file opened for reading, one matrix at a time."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        self.path = path
+        self.rank_rule = metadata["rank_rule"]
+        self.aligned = Family(**json.loads(metadata["aligned"]))
+        self.base = Family(**json.loads(metadata["base"]))
+        rows: list[dict[str, Any]] = json.loads(metadata["matrices"])
+        self.rows = {row["key"]: SubspaceRow(**{**row, "shape": tuple(row["shape"])}) for row in rows}
+
+    def triplets(self, key: str) -> Triplets:
+        """U_k [d_out, k], S_k [k] and V_k [d_in, k] of one matrix, float32."""
+        with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            u, s, v = (file.get_tensor(f"{key}.{part}").clone() for part in "USV")
+        return Triplets(u=u, s=s, v=v)
+
+
+def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> SubspaceFile:
+    """Decompose the alignment vector of a family and write the file.
+
+    Raises:
+        UsageError: the rank rule or its threshold is out of range.
+        NothingToDoError: aligned and base hold the same weights.
+        OutputError: the target exists or cannot be written.
+        MismatchError, NonFiniteError: the checkpoints do not fit, or hold NaN or infinity.
+    """
+    _check(request)
+    target = Path(request.output)
+    if target.exists():
+        raise OutputError(f"{target} exists already", "choose another -o, or remove it first")
+    if not target.absolute().parent.is_dir():
+        raise OutputError(f"{target.parent} is not a folder", "make it first")
+    device = pick_device(request.device)
+    options: dict[str, Any] = {"offline": request.offline, "progress": progress}
+    with (
+        open_checkpoint(request.aligned, **options) as aligned,
+        open_checkpoint(request.base, **options) as base,
+    ):
+        if same_weights(aligned, base):
+            raise NothingToDoError(
+                f"{aligned.source} and {base.source} hold the same weights: "
+                "alignment wrote nothing",
+                "check --aligned and --base",
+            )
+        tensors: dict[str, Tensor] = {}
+        rows: list[SubspaceRow] = []
+        slots = [
+            slot
+            for pair in match(aligned, {"base": base}, scope="block_linear").pairs
+            for slot in pair.slots
+        ]
+        with (
+            progress.task("decomposing", total=len(slots), unit="matrices") as task,
+            Prefetch(_matrices(slots, aligned, base)) as matrices,
+        ):
+            for slot, wa, w0 in matrices:
+                row, triplets = _decompose(slot, wa.to(device), w0.to(device), request)
+                rows.append(row)
+                for part, value in zip("USV", (triplets.u, triplets.s, triplets.v), strict=True):
+                    tensors[f"{slot.key}.{part}"] = value.to("cpu", torch.float32).contiguous()
+                task.advance()
+        metadata = {
+            "schema": SCHEMA,
+            "rank_rule": _rule_text(request),
+            "aligned": json.dumps(dataclasses.asdict(_family(aligned)), sort_keys=True),
+            "base": json.dumps(dataclasses.asdict(_family(base)), sort_keys=True),
+            "matrices": json.dumps([dataclasses.asdict(row) for row in rows], sort_keys=True),
+            "realign": __version__,
+        }
+    _save(target, tensors, metadata)
+    return read_subspace(target)
+
+
+def read_subspace(path: str | Path) -> SubspaceFile:
+    """Open a subspace file.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or of another schema.
+    """
+    file_path = Path(path)
+    try:
+        with safe_open(file_path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            metadata: dict[str, str] = file.metadata() or {}
+        if metadata.get("schema") != SCHEMA:
+            raise CheckpointError(
+                f"{path} is not a subspace file of schema {SCHEMA}",
+                "make one with: realign subspace ALIGNED --base BASE -o FILE",
+            )
+        return SubspaceFile(file_path, metadata)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a subspace file: {error}",
+            "make it again with: realign subspace ALIGNED --base BASE -o FILE",
+        ) from error
+
+
+def _check(request: SubspaceRequest) -> None:
+    rank = request.rank
+    if isinstance(rank, bool) or (isinstance(rank, int) and rank < 1):
+        raise UsageError(f"rank is {rank}", "give a whole number of at least 1")
+    if isinstance(rank, str) and rank not in RANK_RULES:
+        raise UsageError(f"there is no rank rule {rank!r}", f"rules: {', '.join(RANK_RULES)}")
+    if not 0.0 <= request.eta <= 1.0:
+        raise UsageError(f"eta is {request.eta:g}", "give a number in [0, 1]")
+
+
+def _matrices(
+    slots: list[Slot], aligned: Checkpoint, base: Checkpoint
+) -> Iterator[tuple[Slot, Tensor, Tensor]]:
+    for slot in slots:
+        rows = slot.rows or (0, aligned.tensors[slot.tensor].shape[0])
+        pair: list[Tensor] = []
+        for role, checkpoint in (("aligned", aligned), ("base", base)):
+            stored = read_rows(checkpoint, slot.tensor, rows)
+            check_input(stored, name=slot.tensor, role=role, source=checkpoint.source)
+            pair.append(logical_matrix(stored, slot))
+        yield slot, pair[0], pair[1]
+
+
+def _decompose(
+    slot: Slot, wa: Tensor, w0: Tensor, request: SubspaceRequest
+) -> tuple[SubspaceRow, Triplets]:
+    delta = difference(wa, w0)
+    decomposition = decompose(delta)
+    energies = decomposition.energies
+    k = choose_rank(energies, request.rank, eta=request.eta)
+    triplets = decomposition.triplets(k)
+    u, v = fix_signs(triplets.u, triplets.v) if k else (triplets.u, triplets.v)
+    norm_sq, weight_sq = squared_norm(delta), squared_norm(wa)
+    row = SubspaceRow(
+        key=slot.key,
+        tensor=slot.tensor,
+        module=slot.module,
+        layer=slot.layer,
+        shape=(delta.shape[0], delta.shape[1]),
+        norm=math.sqrt(norm_sq),
+        relative_norm=math.sqrt(norm_sq / weight_sq) if weight_sq else 0.0,
+        entropy_rank=entropy_rank(energies, request.eta) if norm_sq else 0,
+        facts=spectrum_facts(energies, k) if norm_sq else {"rank": 0, "available_rank": 0},
+    )
+    return row, Triplets(u=u, s=triplets.s, v=v)
+
+
+def _rule_text(request: SubspaceRequest) -> str:
+    if request.rank in ("energy", "entropy"):
+        return f"{request.rank} {request.eta:g}"
+    return str(request.rank)
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    return Family(checkpoint.source, checkpoint.commit, content_digest(checkpoint.folder))
+
+
+def _save(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    try:
+        save_file(dict(tensors), partial, metadata=dict(metadata))
+        umask = os.umask(0)
+        os.umask(umask)
+        partial.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
+        partial.replace(target)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{target} cannot be written: {error}", "is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)

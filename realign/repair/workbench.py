@@ -1,0 +1,263 @@
+"""What a method may ask of a running model: activation moments on anchors that the model refuses.
+
+The model answers the anchors greedily; answers that the keyword judge does not take for refusals
+are dropped; one teacher-forced pass over prompt and answer accumulates the moments. Both results
+are kept in a cache under a hash of everything they depend on, and the model's memory is freed
+before any tensor is edited. Not here: what a method makes of the moments.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors import safe_open
+
+from realign._version import __version__
+from realign.audit.canonical import sha256_json
+from realign.audit.judges import keyword_judge
+from realign.audit.suites import Suite
+from realign.checkpoint.reader import Checkpoint
+from realign.errors import ModelError, OutputError, SuiteError
+from realign.model.chat import encode
+from realign.model.generation import generate
+from realign.model.loading import LoadedModel, load_model
+from realign.model.moments import (
+    MomentRequest,
+    Moments,
+    MomentSet,
+    Tokens,
+    collect_moments,
+    token_sequence,
+)
+from realign.model.moments_file import save_moments
+from realign.progress import SILENT, Progress
+from realign.repair.method import Statistics
+from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors, slot_shape
+from realign.repair.request import Inputs, RepairRequest
+
+MAX_REPLY_TOKENS = 128
+"""An anchor's answer is cut here: a refusal has said what it says by then."""
+
+CACHE_VERSION = 1
+"""Raised when the same inputs would give other statistics."""
+
+
+@dataclass(frozen=True)
+class AnchorReply:
+    """An anchor and what the model answered."""
+
+    id: str
+    prompt: str
+    token_ids: tuple[int, ...]
+    text: str
+    refused: bool
+
+
+class ModelWorkbench:
+    """Runs the checkpoints of a plan on its anchors; implements `method.Workbench`."""
+
+    def __init__(
+        self, request: RepairRequest, plan: Plan, inputs: Inputs, *, progress: Progress = SILENT
+    ) -> None:
+        assert plan.anchors is not None, "the method has declared that it needs no anchors"
+        self._plan = plan
+        self._inputs = inputs
+        self._progress = progress
+        self._suite: Suite = load_anchors(request.anchors)
+        self._cache = cache_folder(request.cache_dir)
+
+    def moments(self, *, role: str, standardize: str, tokens: str) -> Statistics:
+        """Activation moments of the model `role` on the anchors that it refuses.
+
+        Args:
+            role: which checkpoint to run, as "aligned".
+            standardize: "token" collects scatter matrices of standardised outputs, anything else
+                plain moments: of outputs where they are the smaller side, else of inputs.
+            tokens: "response", "prompt" or "all".
+
+        Raises:
+            SuiteError: fewer than 16 anchors are refused.
+            ModelError: the checkpoint cannot be run or has no chat template.
+        """
+        checkpoint = self._inputs.all()[role]
+        requests = moment_requests(self._plan, self._inputs.finetuned, standardize=standardize)
+        about = self._about(checkpoint) | {"tokens": tokens, "standardize": standardize}
+        wanted = {key: vars(each) for key, each in requests.items()}
+        identity = sha256_json({**about, "requests": wanted})
+        path = self._cache / f"moments-{identity[:32]}.safetensors"
+        if not path.exists():
+            self._collect(checkpoint, requests, tokens=cast(Tokens, tokens), about=about, path=path)
+        else:
+            self._progress.note(f"activation statistics from {path}")
+        return Statistics(StoredMoments(path), about)
+
+    def _collect(
+        self,
+        checkpoint: Checkpoint,
+        requests: Mapping[str, MomentRequest],
+        *,
+        tokens: Tokens,
+        about: Mapping[str, str],
+        path: Path,
+    ) -> None:
+        with load_model(checkpoint, device=self._plan.device) as loaded:
+            replies = self._replies(loaded, checkpoint)
+            kept = [reply for reply in replies if reply.refused and reply.token_ids]
+            if len(kept) < MIN_ANCHORS:
+                raise SuiteError(
+                    f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors, "
+                    f"at least {MIN_ANCHORS} are needed to see where refusal lives",
+                    "check that --aligned is the safety-trained model, or give prompts that it "
+                    "refuses with --anchors FILE",
+                )
+            self._progress.note(f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors")
+            sequences = [
+                token_sequence(encode(loaded.tokenizer, reply.prompt), reply.token_ids, tokens=tokens)
+                for reply in kept
+            ]
+            found = collect_moments(
+                loaded, sequences, requests=requests, progress=self._progress
+            )
+        _check_found(checkpoint, found)
+        about = {**about, "anchors_refused": str(len(kept)), "anchors_asked": str(len(replies))}
+        save_moments(path, found, about=about)
+
+    def _replies(self, loaded: LoadedModel, checkpoint: Checkpoint) -> list[AnchorReply]:
+        """The answers, from the cache where this model has given them before."""
+        path = self._cache / f"anchors-{sha256_json(self._about(checkpoint))[:32]}.json"
+        if path.exists():
+            stored: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
+            return [AnchorReply(**{**each, "token_ids": tuple(each["token_ids"])}) for each in stored]
+        prompts = [item.prompt for item in self._suite.items]
+        longest = max(len(encode(loaded.tokenizer, prompt)) for prompt in prompts)
+        length = min(MAX_REPLY_TOKENS, self._suite.max_new_tokens or MAX_REPLY_TOKENS)
+        if loaded.max_positions is not None:
+            length = min(length, loaded.max_positions - longest)
+        if length < 1:
+            raise ModelError(
+                f"{loaded.name} has {loaded.max_positions} positions, its longest anchor {longest}",
+                "give shorter prompts with --anchors FILE",
+            )
+        judge = keyword_judge()
+        answers: dict[int, AnchorReply] = {}
+        for reply in generate(loaded, prompts, max_new_tokens=length, progress=self._progress):
+            item = self._suite.items[reply.prompt_index]
+            answers[reply.prompt_index] = AnchorReply(
+                id=item.id,
+                prompt=item.prompt,
+                token_ids=reply.token_ids,
+                text=reply.text,
+                refused=bool(judge.judge(item, reply.text).refused),
+            )
+        ordered = [answers[index] for index in range(len(prompts))]
+        _write_text(path, json.dumps([vars(each) for each in ordered], ensure_ascii=False))
+        return ordered
+
+    def _about(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """Everything an answer depends on: the weights, tokenizer and template by their hashes."""
+        return {
+            "model": model_identity(checkpoint, self._progress),
+            "anchors": self._suite.suite_hash,
+            "reply_tokens": str(self._suite.max_new_tokens or MAX_REPLY_TOKENS),
+            "judge": keyword_judge().judge_hash,
+            "device": self._plan.device.partition(":")[0],
+            "version": f"{__version__}/{CACHE_VERSION}",
+        }
+
+
+class StoredMoments(Mapping[str, Moments]):
+    """Moments in a file, read one matrix at a time: all of them at once can dwarf the model."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            metadata: dict[str, str] = file.metadata() or {}
+        self._index: dict[str, dict[str, Any]] = json.loads(metadata["index"])
+        self.about: dict[str, str] = json.loads(metadata["about"])
+
+    def __getitem__(self, key: str) -> Moments:
+        entry = self._index[key]
+        with safe_open(self._path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            # Copies: a view would keep the file's pages mapped.
+            s1 = file.get_tensor(f"{entry['set']}.s1").clone()
+            s2 = file.get_tensor(f"{entry['set']}.s2").clone()
+        return Moments(entry["n"], s1, s2, entry["kind"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
+def moment_requests(
+    plan: Plan, finetuned: Checkpoint, *, standardize: str
+) -> dict[str, MomentRequest]:
+    """What to collect for every matrix of the plan: the smaller side's moments."""
+    requests: dict[str, MomentRequest] = {}
+    for pair in plan.edits:
+        for slot in pair.slots:
+            shape = finetuned.tensors[slot.tensor].shape
+            d_out, d_in = slot_shape(shape, slot)
+            kind = "output" if d_out <= d_in else "input"
+            requests[slot.key] = MomentRequest(
+                kind="token" if standardize == "token" else kind,
+                module_path=slot.tensor.removesuffix(".weight"),
+                rows=slot.rows,
+                transposed=slot.transposed,
+            )
+    return requests
+
+
+def cache_folder(asked: str | Path | None = None) -> Path:
+    """Where statistics are kept: as asked, REALIGN_CACHE, or realign/ in the user's cache.
+
+    Raises:
+        OutputError: the folder cannot be made.
+    """
+    if asked is None:
+        asked = os.environ.get("REALIGN_CACHE")
+    if asked is None:
+        home = os.environ.get("XDG_CACHE_HOME")
+        asked = (Path(home) if home else Path.home() / ".cache") / "realign"
+    folder = Path(asked)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(
+            f"the cache folder {folder} cannot be made ({error.strerror})",
+            "name another one in the environment variable REALIGN_CACHE",
+        ) from error
+    return folder
+
+
+def model_identity(checkpoint: Checkpoint, progress: Progress = SILENT) -> str:
+    """One hash over the hashes of a checkpoint's weight, config and tokenizer files."""
+    lines = (f"{sha}  {name}\n" for name, sha in sorted(checkpoint.file_hashes(progress).items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _check_found(checkpoint: Checkpoint, found: MomentSet) -> None:
+    if not found:
+        reasons: Sequence[str] = list(found.missing.values())
+        raise ModelError(
+            f"no activations were measured in {checkpoint.source}: {reasons[0]}",
+            "use a method that needs no activations (replace, delta_svd, resta, wise_ft)",
+        )
+
+
+def _write_text(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, "utf-8")
+        partial.replace(path)
+    except OSError as error:
+        raise OutputError(f"{path} cannot be written: {error}", "is the disk full?") from error
+    finally:
+        partial.unlink(missing_ok=True)
