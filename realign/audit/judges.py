@@ -104,9 +104,9 @@ class KeywordJudge:
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
-        # Longest first: alternation stops at the first phrase that fits.
+        # Longest first: alternation stops at the first phrase that fits. An underscore is markup.
         ordered = sorted({normalise_response(phrase) for phrase in self.phrases}, key=len)[::-1]
-        return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, ordered))})(?!\w)")
+        return re.compile(rf"(?<![^\W_])(?:{'|'.join(map(re.escape, ordered))})(?![^\W_])")
 
     def judge(self, item: Item, response: str) -> JudgeResult:
         """Judge the response; the prompt is not looked at."""

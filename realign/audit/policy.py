@@ -222,19 +222,12 @@ def parse_policy(text: str, *, path: str | None = None) -> Policy:
         raise PolicyError(f"{name}: {_first_fault(error, raw)}", _hint(error)) from error
 
 
-def check_policy(policy: Policy, suites: Iterable[Suite], *, references: Iterable[str]) -> None:
-    """Whether the policy fits what is about to be audited.
-
-    Args:
-        policy: the policy.
-        suites: every suite of the audit.
-        references: what the reference may be called: as typed, and pinned `id@commit`.
+def check_rules(policy: Policy, suites: Iterable[Suite]) -> None:
+    """Whether `oracle`, where the policy names it, can judge every gated suite.
 
     Raises:
-        PolicyError: another reference than the policy names; a branch or tag where a gate needs a
-            commit; `oracle` as the judge of a gated suite that carries no rule.
+        PolicyError: a gated suite carries no rule; names it.
     """
-    _check_reference(policy, tuple(references))
     by_name = {suite.name: suite for suite in suites}
     judges = policy.judges
     named = () if judges is None else (judges.primary, *judges.secondary)
@@ -250,7 +243,17 @@ def check_policy(policy: Policy, suites: Iterable[Suite], *, references: Iterabl
             )
 
 
-def _check_reference(policy: Policy, references: tuple[str, ...]) -> None:
+def check_reference(policy: Policy, references: Iterable[str]) -> None:
+    """Whether the audit's reference is the one that the policy was written for.
+
+    Args:
+        policy: the policy.
+        references: what the reference may be called: as typed, and pinned `id@commit`.
+
+    Raises:
+        PolicyError: another reference than the policy names, or a branch or tag where a gate needs
+            a commit.
+    """
     wanted = policy.models.reference
     if wanted is None:
         return
@@ -260,11 +263,11 @@ def _check_reference(policy: Policy, references: tuple[str, ...]) -> None:
             f"models.reference {wanted!r} is not pinned to a commit",
             "write org/name@ and the 40 hexadecimal digits of the commit",
         )
-    plain = {reference.removeprefix("hf://") for reference in references}
-    if wanted.removeprefix("hf://") not in plain:
+    known = [reference.removeprefix("hf://") for reference in references]
+    if wanted.removeprefix("hf://") not in known:
         raise PolicyError(
             f"the policy is written for the reference {wanted!r}, this audit has "
-            f"{references[0] if references else 'none'!r}",
+            f"{known[0] if known else 'none'!r}",
             "audit against that reference, or change models.reference",
         )
 

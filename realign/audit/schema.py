@@ -104,6 +104,8 @@ class ModelEntry(_Part):
     tokenizer_digest: str | None = None
     generation_config_sha256: str | None = None
     lineage: tuple[Ancestor, ...] = ()
+    run_dtype: str | None = None
+    attention: str | None = None
     reused: int = 0
 
 
@@ -334,6 +336,7 @@ class Logits(_Part):
     """Metrics that need no generation by the audited model and no judge."""
 
     refusal_logodds: tuple[MeanEntry, ...] = ()
+    refusal_logodds_reason: str | None = None
     first_token: FirstToken | None = None
     first_token_reason: str | None = None
     kl: dict[str, KlEntry] = Field(default_factory=dict)
@@ -396,6 +399,7 @@ class WeightRow(_Part):
     energy_squared: float | None = None
     excess: float | None = None
     lox_ratio: float | None = None
+    lox_published: float | None = None
     entropy: float | None = None
     effective_rank: float | None = None
     stable_rank: float | None = None

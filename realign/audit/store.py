@@ -7,12 +7,14 @@ folder is 0700, its files are 0600, and it is removed after a complete audit unl
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, cast
@@ -22,6 +24,7 @@ from realign.errors import OutputError
 
 RECORDS_SCHEMA = "realign/audit-records/1"
 FOLDER = "responses"
+LOCK = ".audit.lock"
 
 
 class RecordFile:
@@ -124,6 +127,32 @@ class RecordStore:
         except OSError as error:
             raise _cannot_write(self.folder, error) from error
         return RecordFile(self.folder / f"{role}.{kind}.{slug}-{digest}.jsonl", key=key)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep a second audit out of the folder while this one runs.
+
+        Raises:
+            OutputError: another audit is running in it.
+        """
+        path = self.folder.parent / LOCK
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise OutputError(
+                    f"{self.folder.parent}: another audit is running in this folder",
+                    "wait for it, or give another --out",
+                ) from None
+            yield
+        finally:
+            # Unlinked while still held, so that nobody can hold a lock on a name that is gone.
+            path.unlink(missing_ok=True)
+            os.close(descriptor)
 
     def remove(self) -> None:
         """Delete every record, texts included."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from realign.audit.policy import MarginGate, check_policy, load_policy, parse_policy
+from realign.audit.policy import MarginGate, check_reference, check_rules, load_policy, parse_policy
 from realign.audit.suites import Item, Rule, Suite, SuiteKind
 from realign.errors import PolicyError
 
@@ -132,16 +132,16 @@ def test_oracle_on_a_gated_suite_without_its_rule_is_a_bad_policy() -> None:
     )
     policy = parse_policy(text)
     with pytest.raises(PolicyError, match="suite h carries no rule"):
-        check_policy(policy, [suite("h")], references=["a"])
-    check_policy(policy, [suite("h", rule=Rule("lab-1", "0" * 64))], references=["a"])
-    check_policy(policy, [suite("other")], references=["a"])
+        check_rules(policy, [suite("h")])
+    check_rules(policy, [suite("h", rule=Rule("lab-1", "0" * 64))])
+    check_rules(policy, [suite("other")])
 
 
 def test_the_reference_of_the_policy_must_be_the_one_audited() -> None:
     policy = parse_policy(FULL)
-    check_policy(policy, [], references=["x", f"org/base-7b-instruct@{PIN}"])
+    check_reference(policy, ["x", f"org/base-7b-instruct@{PIN}"])
     with pytest.raises(PolicyError, match="written for the reference"):
-        check_policy(policy, [], references=["elsewhere"])
+        check_reference(policy, ["elsewhere"])
     unpinned = parse_policy(FULL.replace(PIN, "main"))
     with pytest.raises(PolicyError, match="pinned"):
-        check_policy(unpinned, [], references=["org/base-7b-instruct@main"])
+        check_reference(unpinned, ["org/base-7b-instruct@main"])
