@@ -11,6 +11,7 @@ head of its own and its config says so.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -33,6 +34,7 @@ from realign.checkpoint.reader import (
     open_checkpoint,
     read_json_object,
 )
+from realign.checkpoint.sidecars import adapter_sidecars
 from realign.errors import CheckpointError, MismatchError, NotFoundError
 from realign.progress import SILENT, Progress
 
@@ -208,6 +210,14 @@ class AdapterCheckpoint(Checkpoint):
                 {**own, **{f"base/{name}": digest for name, digest in base.items()}}
             )
         return self._hashes
+
+    def sidecars(self) -> Mapping[str, Path | bytes]:
+        """See `Checkpoint.sidecars`: the base's files, the adapter's tokenizer and card."""
+        found = adapter_sidecars(self.base.sidecars(), self.folder)
+        if self.config != self.base.config:
+            text = json.dumps(dict(self.config), indent=2, ensure_ascii=False)
+            found["config.json"] = f"{text}\n".encode()
+        return found
 
 
 class _Pairing:

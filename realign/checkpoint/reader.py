@@ -22,6 +22,7 @@ from realign.checkpoint.hub import resolve
 from realign.checkpoint.manifest import sha256_file
 from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reference import parse_reference
+from realign.checkpoint.sidecars import folder_sidecars
 from realign.errors import CheckpointError, NotFoundError
 from realign.progress import SILENT, Progress
 
@@ -65,6 +66,13 @@ class Checkpoint(ABC):
     def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
         """SHA-256 of every weight file and of config and tokenizer files, by relative name."""
 
+    @abstractmethod
+    def sidecars(self) -> Mapping[str, Path | bytes]:
+        """The small files of an output made from this checkpoint, by relative name.
+
+        A path is copied byte for byte; bytes stand for a file whose content follows from two.
+        """
+
     def __enter__(self) -> Self:
         return self
 
@@ -103,19 +111,16 @@ class FolderCheckpoint(Checkpoint):
             self._hashes = hash_files(self.folder, self.weight_files, progress)
         return self._hashes
 
+    def sidecars(self) -> Mapping[str, Path | bytes]:
+        """See `Checkpoint.sidecars`."""
+        return folder_sidecars(self.folder)
+
 
 def hash_files(
     folder: Path, weights: tuple[Path, ...], progress: Progress = SILENT
 ) -> Mapping[str, str]:
-    """SHA-256 of the weight files and of every small JSON, template or tokenizer file beside them."""
-    small = [
-        path
-        for path in folder.rglob("*")
-        if path.is_file()
-        and path.suffix in {".json", ".jinja", ".model", ".txt"}
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.name != "realign.json"
-    ]
+    """SHA-256 of the weight files and of the small files beside them, by relative name."""
+    small = folder_sidecars(folder).values()
     files = sorted({*weights, *small})
     with progress.task(
         f"hash {folder.name}", total=sum(f.stat().st_size for f in files), unit="B"

@@ -1,357 +1,396 @@
-"""Writing a checkpoint so that it appears whole or not at all.
+"""An output folder that exists whole or not at all.
 
-Everything is written into a hidden folder beside the target, `.NAME.realign-partial`, flushed to disk
-and renamed. A journal in that folder lists the finished shards with their hashes and the facts that
-their tensors left behind, so that an interrupted run with the same fingerprint goes on where it
-stopped, and bytes that do not match the journal are written again. The folder is locked: two runs
-cannot write one target.
+Everything is written into a hidden sibling of the target, `.NAME.realign-partial`, flushed, and
+renamed at the end. The partial folder is locked while a run works in it. A journal in it lists
+finished weight files with their hashes: a run with the same fingerprint that finds the bytes intact
+goes on after them. What happens to the partial folder when a run ends early:
 
-Here: the layout of the output, the streaming shard writer, the atomic folder. Not here: which bytes
-to write (the repair room) and which small files travel along (`sidecars`).
+    an error                the partial folder is removed
+    Ctrl-C, a killed run    finished weight files stay for the next run
+    another fingerprint     removed by that run when it starts
+
+Here: the folder. Not here: the bytes of a weight file (`shards`), what the manifest says (`manifest`).
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Self, cast
 
-import torch
-from torch import Tensor
-
-from realign.checkpoint.headers import DTYPES, INDEX_FILE, SINGLE_FILE
+from realign.checkpoint.headers import INDEX_FILE
 from realign.checkpoint.manifest import dump_json, sha256_file
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.shards import (
+    ShardLayout,
+    ShardWriter,
+    TensorSpec,
+    disk_error,
+    index_of,
+    plan_layout,
+)
 from realign.errors import OutputError
 from realign.progress import SILENT, Progress
 
-JOURNAL = "journal.json"
+__all__ = ["OutputFolder", "ShardLayout", "ShardWriter", "TensorSpec", "check_target", "plan_layout"]
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_DENIED = {errno.EACCES, errno.EPERM, errno.EROFS}
+JOURNAL_NAME = "journal.json"
+JOURNAL_SCHEMA = "realign/journal/1"
 
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """One tensor of the output: enough to write its header entry."""
-
-    name: str
-    dtype: str
-    """Safetensors spelling."""
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its data."""
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
+_SLACK = 4 * 2**20  # directories, sidecars and the manifest
 
 
-@dataclass(frozen=True)
-class ShardLayout:
-    """One output file and its tensors in the order in which they are written."""
+def check_target(target: Path, inputs: Sequence[Path] = ()) -> None:
+    """Refuse a target that exists or would change an input.
 
-    filename: str
-    tensors: tuple[TensorSpec, ...]
+    Args:
+        target: the folder to be made.
+        inputs: folders that must stay untouched.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of tensor data, header excluded."""
-        return sum(tensor.nbytes for tensor in self.tensors)
-
-
-def plan_layout(checkpoint: Checkpoint) -> tuple[ShardLayout, ...]:
-    """The same files holding the same tensors in the same order as the checkpoint itself.
-
-    An adapter's layout is that of its base, whose tensor names it shows.
+    Raises:
+        OutputError: the target exists, is an input, lies inside one or would hold one.
     """
-    groups: dict[str, list[TensorSpec]] = {}
-    for info in checkpoint.tensors.values():
-        spec = TensorSpec(info.name, info.dtype, info.shape)
-        groups.setdefault(info.file.name, []).append(spec)
-    if len(groups) == 1:
-        return (ShardLayout(SINGLE_FILE, tuple(*groups.values())),)
-    return tuple(ShardLayout(name, tuple(groups[name])) for name in sorted(groups))
+    real = target.absolute().resolve()
+    for folder in inputs:
+        there = folder.resolve()
+        if real == there or real.is_relative_to(there):
+            raise OutputError(
+                f"{target} {'is' if real == there else 'lies inside'} the input {folder}",
+                "inputs are never changed: choose a folder outside of them",
+            )
+    if os.path.lexists(target):
+        raise OutputError(f"{target} exists already", "choose another folder, or remove it first")
 
 
-def partial_path(target: Path) -> Path:
-    """The hidden sibling in which `target` is built."""
-    return target.parent / f".{target.name}.realign-partial"
-
-
-@dataclass
 class OutputFolder:
-    """A folder being built; a context manager.
+    """A context manager around one output; nothing is visible under its name before `commit`.
 
-    Leaving it after `commit` leaves the finished target. Leaving it by an exception removes
-    everything, except for KeyboardInterrupt, which keeps the finished shards for the next run.
+    Leaving the context without `commit`, or by an error, removes what was written.
     """
 
-    target: Path
-    fingerprint: str
-    """Identifies inputs, method and parameters: only an equal run resumes."""
-    progress: Progress = SILENT
-    hashes: dict[str, str] = field(default_factory=dict[str, str])
-    """SHA-256 of every file written so far, by name relative to the folder."""
+    def __init__(
+        self,
+        target: str | Path,
+        *,
+        fingerprint: str,
+        layout: Sequence[ShardLayout] = (),
+        inputs: Sequence[Path] = (),
+        progress: Progress = SILENT,
+    ) -> None:
+        """Describe the output; nothing is touched before the context is entered.
 
-    def __post_init__(self) -> None:
-        self.target = Path(os.path.abspath(self.target))  # noqa: PTH100 - resolve() follows links
-        self.partial = partial_path(self.target)
-        self._journal: dict[str, Any] = {"fingerprint": self.fingerprint, "shards": {}}
-        self._lock: int | None = None
-        self._committed = False
+        Args:
+            target: the folder to be made; missing parents are made, too.
+            fingerprint: identifies the run's inputs and settings. Only a run with the same one
+                resumes what an interrupted run has left.
+            layout: the weight files, to check the free space and, at the end, that none is missing.
+            inputs: folders that the target must not lie in.
+            progress: told what is resumed, kept or discarded.
+        """
+        self.target = Path(target).expanduser()
+        self.layout = tuple(layout)
+        self.partial = self.target.absolute().parent / f".{self.target.name}.realign-partial"
+        """The hidden folder while it is being filled."""
+        self._fingerprint, self._inputs, self._progress = fingerprint, tuple(inputs), progress
+        self._finished: dict[str, dict[str, Any]] = {}
+        self._hashes: dict[str, str] = {}
+        self._made: list[Path] = []
+        self._lock = -1
+        self._committed = self._keep = False
 
     def __enter__(self) -> Self:
-        """Lock the partial folder and pick up what an equal, interrupted run finished.
+        """Check the target, lock the partial folder, take up what is intact in it.
 
         Raises:
-            OutputError: the target exists, cannot be written, or another run is writing it.
+            OutputError: see `check_target`; also another run works on the target, the disk is too
+                small, or the place is not writable.
         """
-        if os.path.lexists(self.target):
-            raise OutputError(
-                f"{self.target} exists already", "choose another folder or remove it first"
-            )
-        with self._friendly():
-            self.partial.mkdir(parents=True, exist_ok=True)
+        check_target(self.target, self._inputs)
+        try:
+            self._make_parents()
             self._acquire()
-            self._resume()
+        except OSError as error:
+            self._release()
+            self._remove_parents()
+            raise disk_error(error, self.partial, self._needed()) from error
+        except BaseException:
+            self._release()
+            self._remove_parents()
+            raise
+        try:
+            self._take_up()
+            self._check_space()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        try:
-            if self._committed:
-                return
-            if kind is not None and issubclass(kind, KeyboardInterrupt) and self._journal["shards"]:
-                self.progress.note(
-                    f"interrupted: finished shards are kept in {self.partial}; "
-                    "run the same command again to go on, or delete that folder"
-                )
-                return
-            shutil.rmtree(self.partial, ignore_errors=True)
-        finally:
-            if self._lock is not None:
-                os.close(self._lock)
-                self._lock = None
+    def _make_parents(self) -> None:
+        parent = self.partial.parent
+        missing = [each for each in (parent, *parent.parents) if not each.exists()]
+        for folder in reversed(missing):
+            folder.mkdir()
+            self._made.append(folder)
+
+    def _remove_parents(self) -> None:
+        for folder in reversed(self._made):
+            with suppress(OSError):  # somebody else uses it by now
+                folder.rmdir()
 
     def _acquire(self) -> None:
-        handle = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Another run may have renamed or removed the folder between our open and our lock.
-            held = os.fstat(handle).st_ino == self.partial.stat().st_ino
-        except OSError:
-            held = False
-        if not held:
-            os.close(handle)
-            raise OutputError(
-                f"another run is writing {self.target}", "wait for it or choose another folder"
-            )
-        self._lock = handle
+        while True:
+            with suppress(FileExistsError):
+                self.partial.mkdir()
+            try:
+                self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                continue  # the other run has just renamed or removed it
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"another run is writing {self.target}",
+                    "wait for it, or choose another folder",
+                ) from None
+            # The folder may have been renamed or removed between opening and locking it.
+            with suppress(FileNotFoundError):
+                if os.fstat(self._lock).st_ino == self.partial.stat().st_ino:
+                    break
+            self._release()
+        check_target(self.target)
 
-    def _resume(self) -> None:
+    def _release(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _take_up(self) -> None:
+        journal = self._read_journal()
+        left = [path for path in self.partial.iterdir() if path.name != JOURNAL_NAME]
+        if journal is not None and journal.get("fingerprint") == self._fingerprint:
+            shards = cast(dict[str, dict[str, Any]], journal.get("shards", {}))
+            with self._progress.task(
+                "check finished files", total=sum(e["size"] for e in shards.values()), unit="B"
+            ) as task:
+                for name, entry in shards.items():
+                    if self._is_intact(name, entry):
+                        self._finished[name] = entry
+                    task.advance(entry["size"])
+            if self._finished:
+                self._progress.note(
+                    f"resuming: {len(self._finished)} weight files of an interrupted run are intact"
+                )
+        elif left:
+            self._progress.note(f"discarding what another, interrupted run left in {self.partial}")
+        for path in left:
+            if path.name not in self._finished:
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        self._write_journal()
+
+    def _read_journal(self) -> dict[str, Any] | None:
         try:
-            journal = json.loads((self.partial / JOURNAL).read_text("utf-8"))
-            shards = cast(dict[str, Any], journal["shards"])
-            known = journal["fingerprint"] == self.fingerprint
-        except (OSError, ValueError, KeyError, TypeError):
-            shards, known = {}, False
-        keep = {JOURNAL, *shards} if known else set[str]()
-        for path in self.partial.iterdir():
-            if path.name not in keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for name, record in shards.items() if known else ():
-            path = self.partial / name
-            if path.is_file() and sha256_file(path) == record["sha256"]:
-                self._journal["shards"][name] = record
-                self.hashes[name] = record["sha256"]
-                self.progress.note(f"resumed: {name} is already written")
+            value = json.loads((self.partial / JOURNAL_NAME).read_text("utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        if not isinstance(value, dict):
+            return None
+        journal = cast(dict[str, Any], value)
+        return journal if journal.get("schema") == JOURNAL_SCHEMA else None
+
+    def _is_intact(self, name: str, entry: Mapping[str, Any]) -> bool:
+        path = self.partial / name
+        return (
+            path.is_file()
+            and entry["size"] == path.stat().st_size
+            and sha256_file(path) == entry["sha256"]
+        )
+
+    def _write_journal(self) -> None:
+        journal = {
+            "schema": JOURNAL_SCHEMA,
+            "fingerprint": self._fingerprint,
+            "shards": self._finished,
+        }
+        new = self.partial / f"{JOURNAL_NAME}.new"
+        self._write_file(new, dump_json(journal).encode("utf-8"))
+        new.replace(self.partial / JOURNAL_NAME)
+        _sync_folder(self.partial)
+
+    def _needed(self) -> int:
+        return sum(each.file_size for each in self.layout if each.filename not in self._finished)
+
+    def _check_space(self) -> None:
+        needed, free = self._needed() + _SLACK, shutil.disk_usage(self.partial).free
+        if free < needed:
+            raise OutputError(
+                f"{self.partial.parent} has {free} bytes free ({free / 1e9:.2f} GB), the output needs "
+                f"{needed} ({needed / 1e9:.2f} GB)",
+                "free some space, or choose a folder on another disk",
+            )
+
+    def is_done(self, layout: ShardLayout) -> bool:
+        """Whether this weight file is finished, in this run or by an interrupted one."""
+        entry = self._finished.get(layout.filename)
+        return entry is not None and entry["size"] == layout.file_size
 
     def finished(self, layout: ShardLayout) -> Mapping[str, Any] | None:
-        """The facts of a shard that an earlier run finished, or None where it must be written."""
-        record = self._journal["shards"].get(layout.filename)
-        return None if record is None else cast(Mapping[str, Any], record["facts"])
+        """What `ShardWriter.facts` held when this file was finished; None: it must be written."""
+        if not self.is_done(layout):
+            return None
+        return cast(Mapping[str, Any], self._finished[layout.filename]["facts"])
 
     @contextmanager
     def shard(self, layout: ShardLayout) -> Iterator[ShardWriter]:
-        """Write one file; on leaving, it is complete, flushed and in the journal.
+        """Write one weight file; it counts as finished when the context is left without error.
 
         Raises:
-            OutputError: the disk is full or refuses.
+            OutputError: the disk is full or not writable.
         """
+        assert not self.is_done(layout), layout.filename
         path = self.partial / layout.filename
-        with self._friendly():
-            # The mode leaves room for the umask, unlike that of the reference writer (0600).
-            handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+        path.unlink(missing_ok=True)
         try:
-            writer = ShardWriter(handle, layout, self._friendly)
+            writer = ShardWriter(path, layout)
+        except OSError as error:
+            raise disk_error(error, path, layout.file_size) from error
+        try:
             yield writer
-            digest = writer.finish()
+            digest, size = writer.finish()
         finally:
-            os.close(handle)
-        self.hashes[layout.filename] = digest
-        self._journal["shards"][layout.filename] = {"sha256": digest, "facts": writer.facts}
+            writer.close()
+        self._finished[layout.filename] = {"sha256": digest, "size": size, "facts": writer.facts}
         self._write_journal()
 
-    def _write_journal(self) -> None:
-        with self._friendly():
-            fresh = self.partial / (JOURNAL + ".new")
-            _write_flushed(fresh, dump_json(self._journal).encode("utf-8"))
-            fresh.replace(self.partial / JOURNAL)
-
-    def copy_file(self, source: Path, name: str) -> None:
-        """Copy one small file byte for byte under `name` (relative, forward slashes)."""
-        with self._friendly():
-            self.write_bytes(name, source.read_bytes())
-
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Write one small file under `name` (relative, forward slashes)."""
-        with self._friendly():
-            path = self.partial / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_flushed(path, data)
-            self.hashes[name] = hashlib.sha256(data).hexdigest()
-
-    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write one JSON file in canonical order."""
-        self.write_bytes(name, dump_json(value).encode("utf-8"))
-
-    def write_index(self, layouts: Sequence[ShardLayout]) -> None:
-        """Write the index of a sharded checkpoint; a single file needs none."""
-        if len(layouts) == 1 and layouts[0].filename == SINGLE_FILE:
-            return
-        self.write_json(
-            INDEX_FILE,
-            {
-                "metadata": {"total_size": sum(layout.nbytes for layout in layouts)},
-                "weight_map": {t.name: layout.filename for layout in layouts for t in layout.tensors},
-            },
-        )
-
-    def commit(self) -> Path:
-        """Make the folder appear under its name, whole.
+    def copy_sidecars(self, source: Checkpoint) -> None:
+        """Copy the small files of a checkpoint byte for byte (see `sidecars`).
 
         Raises:
-            OutputError: the target appeared meanwhile, or the file system refuses.
+            OutputError: the disk is full or not writable.
         """
-        with self._friendly():
-            (self.partial / JOURNAL).unlink(missing_ok=True)
-            for folder in {self.partial, *(p for p in self.partial.rglob("*") if p.is_dir())}:
-                _flush_folder(folder)
-            if os.path.lexists(self.target):
-                raise OutputError(
-                    f"{self.target} appeared while the run was writing it",
-                    "choose another folder or remove it first",
-                )
+        for name, content in source.sidecars().items():
+            if isinstance(content, bytes):
+                self.write_bytes(name, content)
+            else:
+                self.copy_file(content, name)
+
+    def copy_file(self, source: Path, name: str) -> None:
+        """Copy one small file byte for byte under a relative name.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        self.write_bytes(name, source.read_bytes())
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write an object as JSON with sorted keys.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+            ValueError: it holds NaN or infinity.
+        """
+        self.write_bytes(name, dump_json(value).encode("utf-8"))
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Write one small file under a relative name, replacing an earlier one.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        path = self.partial / name
+        assert path.resolve().is_relative_to(self.partial.resolve()), name
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise disk_error(error, path, len(content)) from error
+        self._write_file(path, content)
+        self._hashes[name] = hashlib.sha256(content).hexdigest()
+
+    def _write_file(self, path: Path, content: bytes) -> None:
+        try:
+            with path.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        except OSError as error:
+            raise disk_error(error, path, len(content)) from error
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every finished file so far, by relative name: what a manifest lists."""
+        shards = {name: cast(str, entry["sha256"]) for name, entry in self._finished.items()}
+        return dict(sorted({**shards, **self._hashes}.items()))
+
+    def write_index(self, layout: Sequence[ShardLayout]) -> None:
+        """Write the index of a sharded checkpoint; a single file needs none.
+
+        Raises:
+            OutputError: the disk is full or not writable.
+        """
+        missing = [each.filename for each in layout if not self.is_done(each)]
+        assert not missing, f"not written: {missing}"
+        index = index_of(tuple(layout))
+        if index is not None:
+            self.write_json(INDEX_FILE, index)
+
+    def commit(self) -> Path:
+        """Give the output its name. Returns the target.
+
+        Raises:
+            OutputError: the target has come into being meanwhile (the work is kept for a rerun), or
+                it cannot be renamed.
+        """
+        missing = [each.filename for each in self.layout if not self.is_done(each)]
+        assert not missing, f"not written: {missing}"
+        try:
+            check_target(self.target, self._inputs)
+        except OutputError:
+            self._keep = True
+            raise
+        try:
+            (self.partial / JOURNAL_NAME).unlink()
+            for folder in (path for path in self.partial.rglob("*") if path.is_dir()):
+                _sync_folder(folder)
+            _sync_folder(self.partial)
             self.partial.rename(self.target)
-            self._committed = True
-            _flush_folder(self.target.parent)
+            _sync_folder(self.partial.parent)
+        except OSError as error:
+            raise disk_error(error, self.target, self._needed()) from error
+        self._committed = True
         return self.target
 
-    @contextmanager
-    def _friendly(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise _explain(error, self.target) from None
-
-
-def _explain(error: OSError, target: Path) -> OutputError:
-    if error.errno in _FULL:
-        return OutputError(
-            f"the disk is full (or a limit is reached) while writing {target}; nothing was kept",
-            "free space or choose another disk",
-        )
-    if error.errno in _DENIED:
-        return OutputError(
-            f"{target} cannot be written: {error.strerror}", "check the permissions of its folder"
-        )
-    return OutputError(f"writing {target} failed: {error}", "choose another folder")
-
-
-class ShardWriter:
-    """One safetensors file written front to back, its hash computed on the way."""
-
-    def __init__(
-        self, handle: int, layout: ShardLayout, friendly: Callable[[], Any]
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
-        self.facts: dict[str, Any] = {}
-        """JSON-able remarks kept in the journal with this shard (report rows of its tensors)."""
-        self._handle = handle
-        self._friendly = friendly
-        self._digest = hashlib.sha256()
-        self._queue = [(spec, spec.nbytes) for spec in reversed(layout.tensors)]
-        self._put(_header(layout))
-
-    def write(self, name: str, piece: Tensor) -> None:
-        """Append a tensor or its next rows; tensors come in the order of the layout.
-
-        Args:
-            name: the tensor this piece belongs to.
-            piece: any shape; its bytes follow those written before.
-        """
-        while self._queue and self._queue[-1][1] == 0:
-            self._queue.pop()
-        assert self._queue, f"{name}: the shard is already complete"
-        spec, left = self._queue[-1]
-        assert spec.name == name, f"expected {spec.name}, got {name}"
-        assert piece.dtype == DTYPES[spec.dtype], f"{name}: {piece.dtype} is not {spec.dtype}"
-        data = memoryview(
-            piece.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        )
-        assert len(data) <= left, f"{name}: {len(data)} bytes given, {left} expected"
-        self._queue[-1] = (spec, left - len(data))
-        self._put(data)
-
-    def finish(self) -> str:
-        """Flush to disk and return the SHA-256 of the whole file."""
-        missing = [spec.name for spec, left in self._queue if left]
-        assert not missing, f"not written: {missing}"
-        with self._friendly():
-            os.fsync(self._handle)
-        return self._digest.hexdigest()
-
-    def _put(self, data: bytes | memoryview) -> None:
-        view = memoryview(data)
-        self._digest.update(view)
-        with self._friendly():
-            while view:
-                view = view[os.write(self._handle, view) :]
+        """Remove the partial folder, or keep what a later run can use."""
+        try:
+            if self._committed:
+                return
+            if isinstance(error, KeyboardInterrupt):
+                self._keep = True
+            if self._keep and self._finished:
+                self._progress.note(
+                    f"{len(self._finished)} finished weight files are kept in {self.partial}: the "
+                    "same command goes on from there; to give up, remove that folder"
+                )
+                return
+            shutil.rmtree(self.partial, ignore_errors=True)
+            self._remove_parents()
+        finally:
+            self._release()
 
 
-def _header(layout: ShardLayout) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for spec in layout.tensors:
-        end = position + spec.nbytes
-        entries[spec.name] = {
-            "dtype": spec.dtype,
-            "shape": list(spec.shape),
-            "data_offsets": [position, end],
-        }
-        position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)  # tensor data start on an 8-byte boundary
-    return struct.pack("<Q", len(text)) + text
-
-
-def _write_flushed(path: Path, data: bytes) -> None:
-    with path.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _flush_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:
