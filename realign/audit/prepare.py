@@ -119,7 +119,10 @@ def _judges(suite: Suite, request: AuditRequest, *, named: tuple[str, ...]) -> t
     found = judges_for(suite, named)
     if not found:  # nothing that was named can look at this kind of suite
         found = judges_for(suite, ())
-    return found
+    policy = request.policy
+    first = policy.judges.primary if policy is not None and policy.judges is not None else None
+    # The policy's primary judge leads; without one, an exact rule does.
+    return tuple(sorted(found, key=lambda name: (name != first, name not in EXACT_JUDGES)))
 
 
 def _check_gates(
