@@ -24,7 +24,7 @@ from realign.audit.policy import (
     NoFamilyDriftGate,
     Policy,
 )
-from realign.audit.rates import invalid_rate, mean_of, outcome_interval, score_interval
+from realign.audit.rates import invalid_excess, mean_of, outcome_interval, score_interval
 from realign.audit.schema import (
     AgreementEntry,
     ComparisonEntry,
@@ -326,7 +326,7 @@ def _max_invalid_excess(gate: MaxInvalidExcessGate, results: Results) -> GateEnt
             continue
         if own.instrument.generation.mode != "greedy":
             continue  # a judge of prompts has no invalid answers
-        excess = invalid_rate(own) - invalid_rate(reference)
+        excess = invalid_excess(own, reference)
         if worst is None or excess > worst[0]:
             worst = (excess, suite)
     if worst is None:

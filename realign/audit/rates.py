@@ -89,7 +89,7 @@ def rate_entry(
     invalid = n - len(values)
     interval = outcome_interval(outcome, run_seed=run_seed)
     flags: list[str] = []
-    if reference is not None and invalid_rate(outcome) - invalid_rate(reference) > INCOHERENT_EXCESS:
+    if reference is not None and invalid_excess(outcome, reference) > INCOHERENT_EXCESS:
         flags.append("incoherent")
     return RateEntry(
         instrument_id=outcome.instrument.instrument_id,
@@ -114,9 +114,10 @@ def rate_entry(
     )
 
 
-def invalid_rate(outcome: Outcome) -> float:
-    """The share of invalid answers."""
-    return 1.0 - len(outcome.valid) / len(outcome.values)
+def invalid_excess(outcome: Outcome, reference: Outcome) -> float:
+    """The share of invalid answers, minus that of the reference on the same items."""
+    # Counts are subtracted, not rates: 15 - 10 of 100 is 0.05 and not a little more.
+    return (len(reference.valid) - len(outcome.valid)) / len(outcome.values)
 
 
 def template_entries(outcome: Outcome) -> list[TemplateEntry]:

@@ -91,16 +91,16 @@ class RecordFile:
         for number, line in enumerate(data.splitlines(keepends=True)):
             if not line.endswith(b"\n"):
                 break
-            text = line[:-1].decode("utf-8", "surrogatepass")
             if number == 0:
-                if text != self._header:
+                if line[:-1] != self._header.encode("utf-8", "surrogatepass"):
                     return 0
             else:
                 try:
+                    text = line[:-1].decode("utf-8", "surrogatepass")
                     record = cast("dict[str, Any]", json.loads(text))
-                except ValueError:
+                    self.known[record["id"]] = record
+                except (ValueError, KeyError, TypeError):
                     break
-                self.known[record["id"]] = record
             end += len(line)
         return end
 
