@@ -1,6 +1,6 @@
 """A folder or an opened checkpoint as a running model with its tokenizer.
 
-Always from local files (addresses are resolved by `realign.checkpoint.hub` before), never with code
+Always from local files (Hub ids are resolved by `realign.checkpoint` before), never with code
 from the folder, never from pickles; in evaluation mode and in the dtype on disk unless asked
 otherwise. An adapter runs unmerged on its base. The folder's `generation_config.json` is read for
 its end-of-sequence ids and for nothing else.
@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -28,12 +28,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from realign.errors import MissingExtraError, ModelError, NotFoundError, UsageError
+from realign.checkpoint.adapter import AdapterCheckpoint
+from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.errors import MissingExtraError, ModelError, UsageError
 from realign.model.chat import chat_template, chat_template_sha256, end_of_turn_id
 from realign.model.quiet import quiet_libraries
-
-if TYPE_CHECKING:
-    from realign.checkpoint.reader import Checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -138,9 +137,8 @@ def load_model(
     """Load a checkpoint for running.
 
     Args:
-        source: a folder in Hugging Face layout, or an opened checkpoint. A checkpoint of kind
-            "adapter" is loaded with peft on its base, unmerged; so is an adapter folder whose
-            configuration names a local base folder.
+        source: an opened checkpoint, or what `open_checkpoint` opens without the network. An
+            adapter is loaded with peft on its base, unmerged.
         device: see `pick_device`.
         dtype: of the weights; default: the dtype of most weights on disk.
         template_from: a folder or checkpoint whose chat template replaces the model's own.
@@ -148,27 +146,30 @@ def load_model(
     Raises:
         ModelError: the folder cannot be run: unknown architecture, code of its own, missing or
             misshapen weights, a corrupt tokenizer; not enough memory.
-        NotFoundError: the folder does not exist or holds no model.
+        CheckpointError: nothing is there, or its headers are damaged (see `open_checkpoint`).
         MissingExtraError: an adapter, and peft is not installed.
         UsageError: the device does not exist.
     """
     place = pick_device(device)
-    folder, adapter, name = _folders(source)
+    places = _find(source)
+    folder, adapter = places.model, places.adapter
     with quiet_libraries():
         tokenizer = _load_tokenizer(adapter, folder)
         if template_from is not None:
             tokenizer.chat_template = read_chat_template(template_from)
         model = _load_weights(folder, dtype or _dtype_on_disk(folder))
+        if places.vocabulary is not None:
+            model.resize_token_embeddings(places.vocabulary, mean_resizing=False)
         if adapter is not None:
             model = _attach_adapter(model, adapter)
         try:
             model.to(place)  # pyright: ignore[reportCallIssue, reportArgumentType]
         except torch.OutOfMemoryError as error:
             raise ModelError(
-                f"{name} does not fit into the memory of {place}", "use --device cpu"
+                f"{places.name} does not fit into the memory of {place}", "use --device cpu"
             ) from error
     folders = [folder] if adapter is None else [adapter, folder]
-    return wrap_model(model, tokenizer, name=name, folders=folders)
+    return wrap_model(model, tokenizer, name=places.name, folders=folders)
 
 
 def wrap_model(
@@ -204,11 +205,11 @@ def load_tokenizer(source: str | Path | Checkpoint) -> PreTrainedTokenizerBase:
 
     Raises:
         ModelError: no tokenizer, or a corrupt one.
-        NotFoundError: the folder does not exist.
+        CheckpointError: as `load_model`.
     """
-    folder, adapter, _ = _folders(source)
+    places = _find(source)
     with quiet_libraries():
-        return _load_tokenizer(adapter, folder)
+        return _load_tokenizer(places.adapter, places.model)
 
 
 def read_chat_template(source: str | Path | Checkpoint) -> str:
@@ -216,54 +217,39 @@ def read_chat_template(source: str | Path | Checkpoint) -> str:
 
     Raises:
         ModelError: it has none, or its tokenizer cannot be loaded.
-        NotFoundError: the folder does not exist.
+        CheckpointError: as `load_model`.
     """
     return chat_template(load_tokenizer(source))
 
 
-def _folders(source: str | Path | Checkpoint) -> tuple[Path, Path | None, str]:
-    """The folder of the full model, that of the adapter if there is one, and the name to show."""
-    if isinstance(source, str | Path):
-        folder = Path(source)
-        if not folder.is_dir():
-            raise NotFoundError(
-                f"{folder} is not a folder", "give a folder, or resolve the Hub id first"
-            )
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-            return _base_of(folder), folder, str(source)
-        model_folder, adapter, name = folder, None, str(source)
+@dataclass(frozen=True)
+class _Places:
+    """Where the parts of a checkpoint are."""
+
+    name: str  # as the user typed it
+    model: Path
+    adapter: Path | None = None
+    vocabulary: int | None = None  # embedding rows the adapter brings, where it changes them
+
+
+def _find(source: str | Path | Checkpoint) -> _Places:
+    if isinstance(source, Checkpoint):
+        checkpoint = source
     else:
-        base: Checkpoint | None = getattr(source, "base", None)
-        if source.kind == "adapter":
-            assert base is not None, source
-            adapter_folder: Path = getattr(source, "adapter_folder", source.folder)
-            return base.folder, adapter_folder, source.source
-        model_folder, adapter, name = source.folder, None, source.source
-    if (model_folder / "adapter_config.json").is_file():
-        # transformers would attach the adapter silently; the files alone do not say what is meant.
+        with open_checkpoint(source, offline=True) as checkpoint:
+            pass  # its headers have been checked; transformers reads the files itself
+    if not isinstance(checkpoint, AdapterCheckpoint):
+        return _Places(checkpoint.source, checkpoint.folder)
+    base = checkpoint.base
+    if base.kind == "adapter":
         raise ModelError(
-            f"{model_folder} holds a model and an adapter side by side",
-            "move adapter_config.json and adapter_model.safetensors into a folder of their own",
+            f"{checkpoint.source} is an adapter on an adapter",
+            "merge the inner one into its base first",
         )
-    if not (model_folder / "config.json").is_file():
-        raise NotFoundError(f"{model_folder} holds no config.json", "is it a model folder?")
-    return model_folder, adapter, name
-
-
-def _base_of(adapter: Path) -> Path:
-    try:
-        config: Any = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        base = Path(config["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ModelError(
-            f"{adapter / 'adapter_config.json'} names no base model", "name it as BASE+ADAPTER"
-        ) from error
-    for candidate in (base, adapter / base):
-        if (candidate / "config.json").is_file():
-            return candidate
-    raise ModelError(
-        f"the base model {str(base)!r} of the adapter {adapter} is not a local folder",
-        "name it as BASE+ADAPTER",
+    rows = checkpoint.config.get("vocab_size")
+    changed = isinstance(rows, int) and rows != base.config.get("vocab_size")
+    return _Places(
+        checkpoint.source, base.folder, checkpoint.adapter_folder, rows if changed else None
     )
 
 
