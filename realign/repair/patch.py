@@ -41,7 +41,7 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """R."""
         return self.left_or.shape[1]
 
 
@@ -80,9 +80,7 @@ def factor(slot: Slot, edit: LowRank | Dense, *, max_rank: int | None = None) ->
     return Factors(slot, _stored(left), _stored(right), error)
 
 
-def build_patch(
-    factors: Mapping[str, Factors], finetuned: Checkpoint, *, strength: float
-) -> Patch:
+def build_patch(factors: Mapping[str, Factors], finetuned: Checkpoint, *, strength: float) -> Patch:
     """The adapter's tensors and config.
 
     Args:
@@ -110,7 +108,7 @@ def build_patch(
         shape = finetuned.tensors[name].shape
         if len(shape) != 2 or not name.endswith(".weight"):
             raise UsageError(
-                f"{name} of shape {list(shape)} is no linear layer of its own: LoRA cannot reach it",
+                f"{name} of shape {list(shape)} is no linear layer: LoRA cannot reach it",
                 "write the checkpoint (without --patch)",
             )
         module = prefix + name.removesuffix(".weight")

@@ -21,7 +21,7 @@ from realign.audit.suites import Suite, load_suite, parse_suite_argument
 from realign.checkpoint.manifest import read_manifest
 from realign.checkpoint.matching import Matching, Slot, TensorPair, match, same_weights
 from realign.checkpoint.reader import Checkpoint
-from realign.checkpoint.writer import ShardLayout, plan_layout
+from realign.checkpoint.writer import ShardLayout, check_target, plan_layout
 from realign.errors import (
     AlreadyRepairedError,
     NothingToDoError,
@@ -176,7 +176,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     method = settled.method
     scope = _scope(request.scope, method)
     used = {role: inputs.others[role] for role in sorted(method.required_roles())}
-    _check_patch(request, method)
+    _check_patch(request, method, inputs)
     device = str(pick_device(request.device))
     notes = [settled.note] if settled.note else []
     notes += [
@@ -199,7 +199,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     estimate = _estimate(method, matching, inputs, used, patch=request.patch)
     output = None if request.output is None else Path(request.output)
     if output is not None:
-        check_target(output, inputs, written=estimate.written)
+        check_place(output, inputs, written=estimate.written)
     return Plan(
         inputs={
             role: PlannedInput(
@@ -241,24 +241,14 @@ def check_strength(method: Method, strength: float) -> None:
         )
 
 
-def check_target(output: Path, inputs: Inputs, *, written: int) -> None:
-    """Check the target folder.
+def check_place(output: Path, inputs: Inputs, *, written: int) -> None:
+    """Check the target before any work is done for it.
 
     Raises:
-        OutputError: it exists, lies inside an input (or holds one), or the disk is too small.
+        OutputError: it exists, lies inside an input, or the disk is too small.
     """
-    target = output.absolute()
-    if target.exists() or target.is_symlink():
-        raise OutputError(f"{output} exists already", "choose another -o, or remove it first")
-    resolved = target.resolve()
-    for role, checkpoint in inputs.all().items():
-        for folder in {checkpoint.folder.resolve(), *(f.parent for f in checkpoint.weight_files)}:
-            if resolved.is_relative_to(folder):
-                raise OutputError(
-                    f"{output} lies inside the {role} checkpoint {checkpoint.source}",
-                    "inputs are never changed: choose a folder outside of them",
-                )
-    place = next(folder for folder in target.parents if folder.exists())
+    check_target(output.expanduser(), [each.folder for each in inputs.all().values()])
+    place = next(folder for folder in output.expanduser().absolute().parents if folder.exists())
     if not place.is_dir():
         raise OutputError(f"{place} is not a folder", "choose another -o")
     free = shutil.disk_usage(place).free
@@ -298,9 +288,7 @@ def _scope(asked: str | None, method: Method) -> Scope:
         if asked == scope:
             break
     else:
-        raise UsageError(
-            f"there is no scope {asked!r}", f"scopes: {', '.join(get_args(Scope))}"
-        )
+        raise UsageError(f"there is no scope {asked!r}", f"scopes: {', '.join(get_args(Scope))}")
     if scope == "all" and not method.elementwise:
         raise UsageError(
             f"{method.name} works on matrices: it has nothing to say about norms and biases",
@@ -309,7 +297,7 @@ def _scope(asked: str | None, method: Method) -> Scope:
     return scope
 
 
-def _check_patch(request: RepairRequest, method: Method) -> None:
+def _check_patch(request: RepairRequest, method: Method, inputs: Inputs) -> None:
     if request.max_patch_rank is not None and request.max_patch_rank < 1:
         raise UsageError(f"max_patch_rank is {request.max_patch_rank}", "it must be at least 1")
     if not request.patch:
@@ -318,6 +306,11 @@ def _check_patch(request: RepairRequest, method: Method) -> None:
         raise UsageError(
             f"{method.name} edits every entry: its edit is no LoRA patch",
             "leave out --patch, or use a low-rank method (replace, delta_svd, lssf)",
+        )
+    if inputs.finetuned.kind == "adapter":
+        raise UsageError(
+            f"{inputs.finetuned.source} is an adapter: a patch would have to stand on top of it",
+            "leave out --patch: the repaired checkpoint is written merged",
         )
 
 
@@ -342,9 +335,7 @@ def _check_something_to_do(
         )
 
 
-def _check_first_repair(
-    request: RepairRequest, method: Method, finetuned: Checkpoint
-) -> list[str]:
+def _check_first_repair(request: RepairRequest, method: Method, finetuned: Checkpoint) -> list[str]:
     """Refuse the same method twice; say so when another method went before."""
     manifest = read_manifest(finetuned.folder)
     done = None if manifest is None else manifest.get("method")
@@ -408,7 +399,8 @@ def _estimate(
     if method.needs_anchors:
         model = sum(info.nbytes for info in used["aligned"].tensors.values())
         read += model
-        held = max(held + _moment_bytes(matching, finetuned), model + _moment_bytes(matching, finetuned))
+        # While they are collected, all moments are held; for the edit they are read one by one.
+        held = max(held, model + _moment_bytes(matching, finetuned))
     return Estimate(
         read=read,
         written=0 if patch else written,

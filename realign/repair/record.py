@@ -13,10 +13,15 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from realign._version import __version__
+from realign.checkpoint.manifest import MANIFEST_SCHEMA
 from realign.repair.apply import Effect
+
+if TYPE_CHECKING:
+    from realign.repair.method import Statistics
+    from realign.repair.plan import Plan
 
 LOW_SURVIVAL = 0.9
 """Below this share of the edit, the output's dtype has rounded much of it away."""
@@ -140,6 +145,93 @@ def totals_of(rows: Sequence[TensorRow], *, copied: int) -> Totals:
     )
 
 
+def remarks(rows: Sequence[TensorRow]) -> tuple[str, ...]:
+    """What a reader of the result should be warned of."""
+    found: list[str] = []
+
+    def remark(keys: Sequence[str], text: str, advice: str) -> None:
+        if keys:
+            found.append(f"{len(keys)} of {len(rows)} tensors {text}, first {keys[0]}: {advice}")
+
+    remark(
+        totals_of(rows, copied=0).low_survival,
+        f"keep less than {LOW_SURVIVAL:.0%} of their edit after rounding to the output's dtype",
+        "a float32 fine-tune keeps it, and so does the LoRA patch of a low-rank repair (--patch)",
+    )
+    remark(
+        [row.key for row in rows if row.facts.get("degenerate_cut")],
+        "are cut between equal singular values",
+        "which directions were kept is arbitrary there; another rank or eta avoids it",
+    )
+    remark(
+        [row.key for row in rows if _number(row.facts.get("tokens_per_output"), above=1.0) < 1.0],
+        "have fewer anchor tokens than outputs",
+        "the rank is limited by the anchors; more of them may show more directions",
+    )
+    remark(
+        [row.key for row in rows if (row.patch_error or 0.0) > 0.0],
+        f"are truncated in the patch, the largest relative error is "
+        f"{max([row.patch_error or 0.0 for row in rows], default=0.0):.3f}",
+        "a larger --max-patch-rank is closer to the repair",
+    )
+    return tuple(found)
+
+
+def build_manifest(
+    plan: Plan,
+    *,
+    rows: Sequence[TensorRow],
+    hashes: Mapping[str, Mapping[str, str]],
+    statistics: Statistics,
+    files: Mapping[str, str],
+    command: Sequence[str],
+) -> dict[str, Any]:
+    """The content of realign.json.
+
+    Args:
+        plan: what was done.
+        rows: what came of it.
+        hashes: SHA-256 of every input file, by role and relative name.
+        statistics: what the method learned from a running model.
+        files: SHA-256 of every file of the output.
+        command: the command line, if there was one.
+    """
+    card = plan.method.card
+    return {
+        "schema": MANIFEST_SCHEMA,
+        "kind": "patch" if plan.patch else "checkpoint",
+        "inputs": {
+            role: {
+                "source": each.source,
+                "commit": each.commit,
+                "kind": each.kind,
+                "files": dict(hashes.get(role, {})),
+            }
+            for role, each in plan.inputs.items()
+        },
+        "method": {
+            "name": plan.method.name,
+            "source": card.source,
+            "settings": plan.method.settings(),
+        },
+        "safety_vector": plan.method.vector_kind,
+        "scope": plan.scope,
+        "strength": plan.strength,
+        "seed": plan.seed,
+        "device": plan.device,
+        "max_patch_rank": plan.max_patch_rank,
+        "anchors": None if plan.anchors is None else dataclasses.asdict(plan.anchors),
+        "statistics": dict(statistics.provenance),
+        "notes": list(plan.notes),
+        "versions": versions(),
+        "command": list(command),
+        "totals": totals_of(rows, copied=len(plan.copies)).to_json(),
+        "tensors": [row.to_json() for row in rows],
+        "copied": {pair.role.name: pair.reason for pair in plan.copies},
+        "output": {"files": dict(files)},
+    }
+
+
 def versions() -> dict[str, str]:
     """What computed the result: realign, Python and the libraries that do arithmetic or files."""
     found = {"realign": __version__, "python": platform.python_version()}
@@ -154,3 +246,8 @@ def versions() -> dict[str, str]:
 def _plain(value: float | int | str | None) -> float | int | str | None:
     """JSON has neither NaN nor infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: float | int | str | None, *, above: float) -> float:
+    """A fact as a number; what is missing counts as `above`."""
+    return float(value) if isinstance(value, int | float) else above

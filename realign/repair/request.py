@@ -6,14 +6,13 @@ names. Not here: whether the request makes sense (`plan`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realign.checkpoint.reader import Checkpoint
-from realign.checkpoint.reader import open_checkpoint
+from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.progress import SILENT, Progress
 
 ROLES = ("aligned", "base", "unaligned")
@@ -101,7 +100,7 @@ class Inputs:
 
 
 @contextmanager
-def open_inputs(request: RepairRequest, *, progress: Progress = SILENT) -> Iterator[Inputs]:
+def open_inputs(request: RepairRequest, *, progress: Progress = SILENT) -> Generator[Inputs]:
     """Open every checkpoint the request names, and close them at the end.
 
     An adapter given as the fine-tune stands on the aligned model, unless it is written

@@ -25,7 +25,7 @@ from realign.repair.apply import (
     unchanged_effect,
 )
 from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
-from realign.repair.method import Method, Statistics
+from realign.repair.method import Statistics
 from realign.repair.plan import STREAM_BYTES, Plan
 from realign.repair.record import TensorRow, edited_row
 from realign.repair.request import Inputs
@@ -102,7 +102,7 @@ class Editor:
     def __init__(self, plan: Plan, statistics: Statistics) -> None:
         self._plan = plan
         self._statistics = statistics
-        # Element-wise work is bound by memory: moving it to an accelerator costs more than doing it.
+        # Element-wise work is bound by memory: moving it to an accelerator costs more than it.
         self._device = torch.device("cpu" if plan.method.elementwise else plan.device)
         self._tallies: dict[str, _Tally] = {}
 
@@ -129,7 +129,8 @@ class Editor:
         slot = piece.slot
         assert slot is not None
         matrices = {
-            role: logical_matrix(tensor, slot).to(self._device) for role, tensor in piece.tensors.items()
+            role: logical_matrix(tensor, slot).to(self._device)
+            for role, tensor in piece.tensors.items()
         }
         layer = self._layer(slot.key, slot.module, slot.layer, matrices)
         try:
@@ -191,9 +192,7 @@ class Editor:
             seed=derived_seed(self._plan.seed, self._plan.method.name, key),
         )
 
-    def _row(
-        self, piece: Piece, edit: Edit, effect: Effect, *, key: str, module: str
-    ) -> TensorRow:
+    def _row(self, piece: Piece, edit: Edit, effect: Effect, *, key: str, module: str) -> TensorRow:
         tensor, layer = piece.pair.role.name, piece.pair.role.layer
         if isinstance(edit, Unchanged):
             return TensorRow(

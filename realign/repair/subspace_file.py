@@ -78,7 +78,7 @@ class SubspaceRow:
     entropy_rank: int
     """Rule (7) of arXiv 2602.00038 at `eta`, whatever rule decided what is kept."""
     facts: Mapping[str, float | int | str | None] = field(default_factory=dict[str, Any])
-    """`rank` (kept), `available_rank`, `entropy`, `effective_rank`, `stable_rank`, `kept_energy`."""
+    """As of an edit: `rank` (kept), `entropy`, `effective_rank`, `stable_rank`, `kept_energy`."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class SubspaceFile:
         self.aligned = Family(**json.loads(metadata["aligned"]))
         self.base = Family(**json.loads(metadata["base"]))
         rows: list[dict[str, Any]] = json.loads(metadata["matrices"])
-        self.rows = {row["key"]: SubspaceRow(**{**row, "shape": tuple(row["shape"])}) for row in rows}
+        self.rows = {row["key"]: _row_from(row) for row in rows}
 
     def triplets(self, key: str) -> Triplets:
         """U_k [d_out, k], S_k [k] and V_k [d_in, k] of one matrix, float32."""
@@ -185,6 +185,12 @@ def read_subspace(path: str | Path) -> SubspaceFile:
             f"{path} cannot be read as a subspace file: {error}",
             "make it again with: realign subspace ALIGNED --base BASE -o FILE",
         ) from error
+
+
+def _row_from(value: Mapping[str, Any]) -> SubspaceRow:
+    d_out, d_in = value["shape"]
+    fields: dict[str, Any] = {**value, "shape": (d_out, d_in)}
+    return SubspaceRow(**fields)
 
 
 def _check(request: SubspaceRequest) -> None:

@@ -7,12 +7,13 @@ headers of what was written, not what we meant to write.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from realign.checkpoint.headers import TensorInfo, read_header
+from realign.checkpoint.headers import read_header
+from realign.checkpoint.writer import TensorSpec
 from realign.errors import EmptyEditError, NonFiniteError
 from realign.repair.apply import all_finite
 from realign.repair.record import TensorRow
@@ -76,13 +77,13 @@ def check_complete(planned: Sequence[str], rows: Sequence[TensorRow]) -> None:
     assert not missing and not extra, f"not carried out: {missing}; not planned: {extra}"
 
 
-def check_written(folder: Path, expected: Mapping[str, TensorInfo]) -> None:
+def check_written(folder: Path, expected: Sequence[TensorSpec]) -> None:
     """Assert that a folder's weight files hold exactly the expected tensors."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(folder.glob("*.safetensors")):
         for name, info in read_header(file).tensors.items():
             assert name not in found, f"{name} was written twice"
             found[name] = (info.dtype, info.shape)
-    wanted = {name: (info.dtype, info.shape) for name, info in expected.items()}
+    wanted = {spec.name: (spec.dtype, spec.shape) for spec in expected}
     wrong = {name for name in wanted | found if wanted.get(name) != found.get(name)}
     assert not wrong, f"not as planned: {sorted(wrong)}"

@@ -116,14 +116,16 @@ class ModelWorkbench:
                     "check that --aligned is the safety-trained model, or give prompts that it "
                     "refuses with --anchors FILE",
                 )
-            self._progress.note(f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors")
+            self._progress.note(
+                f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors"
+            )
             sequences = [
-                token_sequence(encode(loaded.tokenizer, reply.prompt), reply.token_ids, tokens=tokens)
+                token_sequence(
+                    encode(loaded.tokenizer, reply.prompt), reply.token_ids, tokens=tokens
+                )
                 for reply in kept
             ]
-            found = collect_moments(
-                loaded, sequences, requests=requests, progress=self._progress
-            )
+            found = collect_moments(loaded, sequences, requests=requests, progress=self._progress)
         _check_found(checkpoint, found)
         about = {**about, "anchors_refused": str(len(kept)), "anchors_asked": str(len(replies))}
         save_moments(path, found, about=about)
@@ -133,7 +135,7 @@ class ModelWorkbench:
         path = self._cache / f"anchors-{sha256_json(self._about(checkpoint))[:32]}.json"
         if path.exists():
             stored: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
-            return [AnchorReply(**{**each, "token_ids": tuple(each["token_ids"])}) for each in stored]
+            return [_reply_from(each) for each in stored]
         prompts = [item.prompt for item in self._suite.items]
         longest = max(len(encode(loaded.tokenizer, prompt)) for prompt in prompts)
         length = min(MAX_REPLY_TOKENS, self._suite.max_new_tokens or MAX_REPLY_TOKENS)
@@ -241,6 +243,11 @@ def model_identity(checkpoint: Checkpoint, progress: Progress = SILENT) -> str:
     """One hash over the hashes of a checkpoint's weight, config and tokenizer files."""
     lines = (f"{sha}  {name}\n" for name, sha in sorted(checkpoint.file_hashes(progress).items()))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _reply_from(value: Mapping[str, Any]) -> AnchorReply:
+    fields: dict[str, Any] = {**value, "token_ids": tuple(value["token_ids"])}
+    return AnchorReply(**fields)
 
 
 def _check_found(checkpoint: Checkpoint, found: MomentSet) -> None:
