@@ -169,7 +169,11 @@ def plan(request: RepairRequest, *, progress: Progress = SILENT) -> Plan:
 
 def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     """`plan`, over checkpoints that are open already."""
-    method = build_method(request.method, request.settings)
+    method = (
+        request.method
+        if isinstance(request.method, Method)
+        else build_method(request.method, request.settings)
+    )
     check_strength(method, request.strength)
     _check_needs(method, inputs)
     settled = settle_safety_vector(method, [r for r in inputs.others if r != "aligned"])

@@ -14,6 +14,7 @@ from typing import Any
 
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.progress import SILENT, Progress
+from realign.repair.method import Method
 
 ROLES = ("aligned", "base", "unaligned")
 
@@ -28,8 +29,8 @@ class RepairRequest:
     output: str | Path | None = None
     """The folder to write. Needed by `repair`, not by `plan`."""
 
-    method: str = "lssf"
-    """Name of the method."""
+    method: str | Method = "lssf"
+    """Name of the method, or a method that is not registered, settings and all."""
 
     settings: Sequence[str] | Mapping[str, Any] = ()
     """Its hyper-parameters: ["eta=0.9", ...] or {"eta": 0.9}."""
