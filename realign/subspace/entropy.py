@@ -43,12 +43,13 @@ def entropy_rank(energies: Tensor, eta: float) -> int:
     no rho exceeds, gives the number of directions with energy.
     """
     positive = int(torch.count_nonzero(energies))
-    if positive <= 1 or eta >= 1.0:
+    if positive <= 1:
         return positive
     cumulative = torch.cumsum(entropy_terms(energies), 0)
     if float(cumulative[-1]) <= 0.0:  # every p but p_1 underflows
         return 1
-    return min(int(torch.count_nonzero(cumulative <= eta * cumulative[-1])) + 1, positive)
+    not_enough = int(torch.count_nonzero(cumulative <= eta * cumulative[-1]))
+    return min(not_enough + 1, positive)  # the cap decides for eta >= 1
 
 
 def energy_rank(energies: Tensor, eta: float) -> int:

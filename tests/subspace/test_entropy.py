@@ -136,6 +136,8 @@ def test_energy_rule_reaches_its_threshold_inclusively() -> None:
     assert energy_rank(energies, 0.51) == 2
     assert energy_rank(energies, 1.0) == 3
     assert energy_rank(energies * 0, 0.5) == 0
+    weak = torch.tensor([1.0, 1e-20, 0.0], dtype=torch.float64)  # lost in the running sum
+    assert energy_rank(weak, 1.0) == 2
 
 
 def test_hand_values() -> None:

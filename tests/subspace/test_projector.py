@@ -87,6 +87,14 @@ def test_overlap_does_not_depend_on_the_basis_of_the_space() -> None:
     assert basis_overlap(u, u @ turn).overlap == pytest.approx(1.0)
 
 
+def test_cosines_never_exceed_one() -> None:
+    for seed in range(20):
+        u, _ = torch.linalg.qr(matrix(9, 4, seed=seed))
+        cosines = basis_overlap(u, u).cosines
+        assert cosines is not None
+        assert max(cosines) <= 1.0
+
+
 def test_isolation_by_hand() -> None:
     u = torch.eye(3, dtype=torch.float64)[:, :2]
     found = isolation(u, torch.tensor([[1.0, 0.0], [0.0, 0.0], [0.0, 3.0]], dtype=torch.float64))

@@ -52,8 +52,8 @@ class OutputSpectrum:
         if self.lift is None:
             return self.vectors[:, :r]
         # U = M V / sigma; the QR keeps the columns orthonormal where sigma is small.
-        basis, triangle = torch.linalg.qr(self.lift @ self.vectors[:, :r])
-        return basis * torch.where(triangle.diagonal() < 0, -1.0, 1.0).to(basis)
+        # Signs are free: only U diag(.) U^T is used.
+        return torch.linalg.qr(self.lift @ self.vectors[:, :r]).Q
 
 
 def output_spectrum(moments: Moments, weight: Tensor, standardize: str) -> OutputSpectrum:

@@ -131,6 +131,14 @@ def test_facts_of_the_report() -> None:
     )
 
 
+def test_projected_safety_counts_the_weights() -> None:
+    layer = with_safety(diagonal(3, 2, 1))
+    edit = method(rank=3, alpha1=2.0, alpha=0.5).edit(layer, NO_STATISTICS)
+    assert isinstance(edit, LowRank | Dense)
+    expected = (12**2 + 4.5**2 + 1) ** 0.5 / 14**0.5
+    assert edit.facts["projected_safety"] == pytest.approx(expected)
+
+
 def test_degenerate_cut_is_recorded() -> None:
     edit = method(rank=2).edit(with_safety(diagonal(3, 2, 2, 1, 1, 1)), NO_STATISTICS)
     assert isinstance(edit, LowRank)

@@ -22,6 +22,7 @@ from realign.model.moments import Moments
 from realign.repair.edit import Dense, LowRank, Unchanged
 from realign.repair.method import NO_STATISTICS
 from realign.repair.methods.lssf import Lssf
+from realign.repair.methods.scatter import output_spectrum
 
 
 def method(**settings: object) -> Lssf:
@@ -119,19 +120,31 @@ def test_token_standardisation_cannot_reach_the_all_ones_direction() -> None:
 
 def test_dead_neurons_have_no_part_in_the_basis() -> None:
     z = matrix(4, 60, seed=5)
-    z[2] = 7.0 + 1e-9 * z[2]
+    z[2] *= 1e-9
     p = edit_of(method(eta=1.0), with_safety(torch.eye(4).double()), given(output_moments(z)))
     assert float(p[2].norm()) < 1e-12
     assert float(p[:, 2].norm()) < 1e-12
-
-
-@pytest.mark.parametrize("constant", [300.0, 3e4])
-def test_constant_neuron_beside_live_ones_is_dead_and_not_unit_noise(constant: float) -> None:
-    """The rounding left of mean^2 - mean^2 must not be scaled up to variance 1."""
-    z = matrix(4, 61, seed=6)
-    z[1] = constant + 0.1
+    z[2] *= 1e4  # 1e-5 of the liveliest: alive
     p = edit_of(method(eta=1.0), with_safety(torch.eye(4).double()), given(output_moments(z)))
-    assert float(p[1].norm()) < 1e-12
+    assert torch.allclose(p, torch.eye(4).double(), atol=1e-9)
+
+
+def test_constant_neurons_beside_live_ones_are_dead_and_not_unit_noise() -> None:
+    """The rounding left of mean^2 - mean^2 must not be scaled up to variance 1."""
+    z = matrix(40, 61, seed=6)
+    z[4:] = 3e4 * matrix(36, 1, seed=7).expand(36, 61)
+    p = edit_of(method(eta=1.0), with_safety(torch.eye(40).double()), given(output_moments(z)))
+    live = torch.diag((torch.arange(40) < 4).double())
+    assert torch.allclose(p, live, atol=1e-9)
+
+
+def test_tall_basis_stays_orthonormal_far_down_the_spectrum() -> None:
+    u, _ = torch.linalg.qr(matrix(30, 6, seed=8))
+    v, _ = torch.linalg.qr(matrix(6, 6, seed=9))
+    weight = (u * torch.logspace(0, -5.5, 6, dtype=torch.float64)) @ v.T
+    moments = input_moments(matrix(6, 80, seed=10))
+    found = output_spectrum(moments, weight, "none").basis(6)
+    assert torch.allclose(found.T @ found, torch.eye(6, dtype=torch.float64), atol=1e-12)
 
 
 def test_large_means_do_not_hide_the_spread() -> None:
