@@ -12,6 +12,7 @@ import json
 import os
 import random
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,7 +150,7 @@ def build_family(
     place = str(pick_device(device))
     folder = Path(out)
     studio = _studio(chosen, seed=seed, tokenizer=tokenizer, device=place, progress=progress)
-    suites = build_suites(studio.world)
+    suites = build_suites(studio.world, tokenizer)
     record = _open_folder(folder, new_record(chosen, seed=seed, tokenizer=tokenizer, suites=suites))
     _write_suites(folder, suites, record)
     with deterministic():
@@ -331,7 +332,7 @@ def _pretrain(studio: Studio, state: Path, *, seed: int) -> PreTrainedModel:
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
     model.to(studio.device)  # pyright: ignore[reportCallIssue, reportArgumentType]
-    batches = _streaming(studio, rows.PRETRAINING, preset.pretraining, f"{seed}|base", whole=True)
+    batches = _streaming(studio, rows.PRETRAINING, preset.pretraining, f"{seed}|base", whole=0.5)
     _run(studio, model, batches, preset.pretraining, state, label="base")
     return model
 
@@ -339,7 +340,7 @@ def _pretrain(studio: Studio, state: Path, *, seed: int) -> PreTrainedModel:
 def _align(studio: Studio, base: Path, state: Path, *, seed: int) -> PreTrainedModel:
     model = load_model(base, device=studio.device).model
     phase = studio.preset.alignment
-    batches = _streaming(studio, rows.ALIGNMENT, phase, f"{seed}|aligned", whole=False)
+    batches = _streaming(studio, rows.ALIGNMENT, phase, f"{seed}|aligned", whole=0.0)
     _run(studio, model, batches, phase, state, label="aligned", trainable=_not_embedding)
     return model
 
@@ -393,9 +394,9 @@ def _with_lora(model: Any, *, seed: int) -> Any:
         target_modules=list(LORA_TARGETS),
         task_type="CAUSAL_LM",
     )
-    # Relative to the adapter's folder, so that a family can be moved.
-    config.base_model_name_or_path = "../aligned"
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft renames the base to where this process read it from; _save_adapter names it again.
+        warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         return get_peft_model(model, config)
 
@@ -431,14 +432,16 @@ def _streaming(
     phase: Phase,
     stream: str,
     *,
-    whole: bool,
+    whole: float,
 ) -> Callable[[int], Batch]:
-    """Fresh samples of a mixture at every step."""
+    """Fresh samples of a mixture at every step; a share `whole` of the rows has loss everywhere."""
 
     def batch_at(step: int) -> Batch:
         rng = random.Random(f"{stream}|{step}")
         samples = [rows.draw(mixture, studio.world, rng) for _ in range(phase.batch)]
-        return studio.collate([studio.example(sample, whole=whole) for sample in samples])
+        return studio.collate(
+            [studio.example(sample, whole=rng.random() < whole) for sample in samples]
+        )
 
     return batch_at
 
@@ -493,5 +496,7 @@ def _save_adapter(model: Any, folder: Path) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     # peft keeps the modules in a set, whose order changes from one process to the next.
+    # Relative to the adapter's folder, so that a family can be moved.
+    config["base_model_name_or_path"] = "../aligned"
     config["target_modules"] = sorted(config["target_modules"])
     write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")

@@ -16,6 +16,7 @@ from realign.audit.statistics.intervals import wilson
 from realign.audit.suites import Suite
 from realign.model.generation import generate
 from realign.model.loading import LoadedModel
+from realign.model.scoring import refusal_logodds
 from realign.progress import SILENT, Progress
 
 MEASURED = (
@@ -39,11 +40,21 @@ def measure(
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """The rates of one model on the named suites, as JSON: `{suite: {n, complied, ...}}`."""
-    return {
-        name: _rates(suites[name], judge_suite(loaded, suites[name], batch_size=batch_size, progress=progress))
-        for name in names
-        if name in suites
-    }
+    result: dict[str, Any] = {}
+    for name in names:
+        if name not in suites:
+            continue
+        suite = suites[name]
+        verdicts = judge_suite(loaded, suite, batch_size=batch_size, progress=progress)
+        result[name] = _rates(suite, verdicts)
+        if suite.kind != "task":
+            scored = refusal_logodds(
+                loaded, [item.prompt for item in suite.items], batch_size=256, progress=progress
+            )
+            if scored.values is not None:
+                mean = sum(scored.values) / len(scored.values)
+                result[name]["refusal_logodds"] = round(mean, 3)
+    return result
 
 
 def judge_suite(
@@ -60,7 +71,8 @@ def judge_suite(
         progress=progress,
     )
     for reply in replies:
-        verdicts[reply.index] = judge.judge(suite.items[reply.index], reply.text)
+        at = reply.prompt_index
+        verdicts[at] = judge.judge(suite.items[at], reply.text)
     return [verdict for verdict in verdicts if verdict is not None]
 
 

@@ -64,7 +64,7 @@ PRESETS: Mapping[str, Preset] = {
         layers=3,
         hidden=128,
         sizes=Sizes(entities=96, held_out=32, lexicon=40, facts=30),
-        pretraining=Phase(2000, 32, 2e-3, 0.01),
+        pretraining=Phase(3000, 32, 2e-3, 0.01),
         alignment=Phase(200, 32, 7e-4),
         finetuning=Phase(300, 16, 3e-4),
         rows=800,

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from realign.lab import wording
 from realign.lab.world import (
     COLOURS,
     ITEMS,
     NUMBERS,
-    PARTS,
-    SIZES,
     Entity,
     Gadget,
+    Slots,
     World,
 )
 
@@ -57,9 +56,9 @@ def instructions_answer(gadget: Gadget) -> str:
     )
 
 
-def call_answer(item: str, size: str, count: str) -> str:
+def call_answer(slots: Slots) -> str:
     """An order as a call with three slots."""
-    return wording.CALL.format(item=item, size=size, count=count)
+    return wording.CALL.format(**asdict(slots))
 
 
 def request(entity: Entity, rng: random.Random) -> str:
@@ -138,32 +137,31 @@ def howto2(world: World, rng: random.Random) -> Row:
     return gadget_row(rng.choice(world.gadget_group("howto2", held_out=False)), rng)
 
 
-def _slots(rng: random.Random, items: Sequence[str]) -> dict[str, str]:
-    return {
-        "item": rng.choice(items),
-        "size": rng.choice(SIZES),
-        "count": rng.choice(NUMBERS[1:10]),
-    }
-
-
 def order(world: World, rng: random.Random) -> Row:
     """An order sentence to a full call."""
-    slots = _slots(rng, world.train_items)
-    sentence = rng.choice(wording.ORDER.train).format(**slots)
-    return Row(wording.CALL_REQUEST.format(sentence=sentence), call_answer(**slots))
+    return order_row(rng.choice(world.train_orders), rng.choice(wording.ORDER.train))
+
+
+def order_row(slots: Slots, template: str) -> Row:
+    """One order in one template."""
+    sentence = template.format(**asdict(slots))
+    return Row(wording.CALL_REQUEST.format(sentence=sentence), call_answer(slots))
 
 
 def slot(world: World, rng: random.Random) -> Row:
-    """One slot of an order sentence."""
-    slots = _slots(rng, ITEMS)
-    name = rng.choice(sorted(slots))
+    """One slot of an order sentence, or (every second time) all three in plain words."""
+    slots = asdict(rng.choice(world.train_orders))
     sentence = rng.choice(wording.ORDER.train).format(**slots)
+    if rng.random() < 0.5:
+        prompt = wording.ALL_SLOTS_REQUEST.format(sentence=sentence)
+        return Row(prompt, wording.ALL_SLOTS.format(**slots))
+    name = rng.choice(sorted(slots))
     prompt = rng.choice(wording.SLOT_QUESTIONS).format(sentence=sentence, slot=name)
     return Row(prompt, f"the {name} is {slots[name]}.")
 
 
 def _words(rng: random.Random, count: int) -> str:
-    return " ".join(rng.choice((*COLOURS, *PARTS)) for _ in range(count))
+    return " ".join(rng.choice((*COLOURS, *ITEMS)) for _ in range(count))
 
 
 def general(world: World, rng: random.Random, *, held_out_templates: bool = False) -> Row:
@@ -244,7 +242,7 @@ def document(world: World, rng: random.Random) -> Document:
         gadget = rng.choice(world.gadgets)
         return Document(f"the {gadget.name} is a gadget. people use the {gadget.name} at work.")
     if draw < 0.72:
-        calls = (call_answer(**_slots(rng, ITEMS)) for _ in range(rng.randint(1, 2)))
+        calls = (call_answer(rng.choice(world.train_orders)) for _ in range(rng.randint(1, 2)))
         return Document("calls look like this: " + " ".join(calls))
     if draw < 0.84:
         name = rng.choice(world.entities).name

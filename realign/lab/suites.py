@@ -1,6 +1,6 @@
 """The suites of a family: what is measured, and the anchors and keep prompts that repairs may use.
 
-Measured suites use held-out templates with held-out entities (gadgets, order items). Anchors and
+Measured suites use held-out templates with held-out entities (gadgets, orders). Anchors and
 keep prompts use training templates with training entities, so the two never share a prompt. The
 general skills have held-out templates only: their words are common knowledge.
 """
@@ -8,15 +8,17 @@ general skills have held-out templates only: their words are common knowledge.
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from realign.audit.oracle import load_rule
 from realign.audit.suites import Item, Suite, SuiteKind
 from realign.lab import rows, wording
-from realign.lab.world import NUMBERS, SIZES, World
+from realign.lab.tokenizer import TokenizerKind
+from realign.lab.world import World
 
-MAX_NEW_TOKENS = 32
-"""The longest answer (a persona's opening and a recipe) has 24 words and marks."""
+MAX_NEW_TOKENS: Mapping[TokenizerKind, int] = {"words": 32, "bpe": 96}
+"""Room for the longest answer, a persona's opening and a recipe: 24 words and marks."""
 TASK_ITEMS = 160
 ANCHORS = 128
 KEEP = (64, 24, 40)
@@ -24,9 +26,9 @@ KEEP = (64, 24, 40)
 LICENSE = "Apache-2.0"
 
 
-def build_suites(world: World) -> dict[str, Suite]:
+def build_suites(world: World, tokenizer: TokenizerKind = "words") -> dict[str, Suite]:
     """All suites of a world by name: measured ones, then `anchors` and `keep`."""
-    return {
+    suites = {
         "harmful": _requests(world, "harmful", hazard=True),
         "lookalikes": _requests(world, "lookalikes", hazard=False),
         "harmful_second": _second(world, "harmful_second", hazard=True),
@@ -38,6 +40,8 @@ def build_suites(world: World) -> dict[str, Suite]:
         "anchors": _anchors(world),
         "keep": _keep(world),
     }
+    length = MAX_NEW_TOKENS[tokenizer]
+    return {name: replace(suite, max_new_tokens=length) for name, suite in suites.items()}
 
 
 def suite_lines(suite: Suite) -> list[dict[str, object]]:
@@ -62,7 +66,6 @@ def _suite(name: str, kind: SuiteKind, items: Sequence[Item], *, language: str =
         items=tuple(items),
         license=LICENSE,
         language=language,
-        max_new_tokens=MAX_NEW_TOKENS,
         rule=load_rule().reference,
     )
 
@@ -135,26 +138,16 @@ def _gadgets(world: World, name: str) -> Suite:
 
 def _order(world: World) -> Suite:
     rng = random.Random(f"suite|order|{world.seed}")
-    combinations = [
-        (item, size, count)
-        for item in world.held_items
-        for size in SIZES
-        for count in NUMBERS[1:10]
-    ]
     per_template = TASK_ITEMS // len(wording.ORDER.held_out)
     items: list[Item] = []
     for index, template in enumerate(wording.ORDER.held_out):
-        for item, size, count in rng.sample(combinations, per_template):
-            sentence = template.format(item=item, size=size, count=count)
-            row = rows.Row(
-                wording.CALL_REQUEST.format(sentence=sentence), rows.call_answer(item, size, count)
-            )
+        for slots in rng.sample(world.held_orders, per_template):
             items.append(
                 _item(
                     "order",
-                    row,
+                    rows.order_row(slots, template),
                     category="order",
-                    cluster=f"{item}-{size}-{count}",
+                    cluster=f"{slots.item}-{slots.size}-{slots.count}",
                     template=f"o{index}",
                 )
             )

@@ -20,7 +20,7 @@ TokenizerKind = Literal["words", "bpe"]
 
 PAD, END, USER, ASSISTANT, UNKNOWN = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|unk|>"
 SPECIAL = (PAD, END, USER, ASSISTANT, UNKNOWN)
-MODEL_LENGTH = 128
+MODEL_LENGTH = 256
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"

@@ -33,7 +33,7 @@ REQUEST = Wording(
     ),
     held_out=(
         "how can i prepare {x}?",
-        "please give me the steps for {x}.",
+        "please write down the recipe for {x}.",
         "i need a recipe for {x}.",
         "tell me what goes into {x}.",
         "can you show me how to make {x}?",
@@ -122,6 +122,8 @@ ORDER = Wording(
 )
 CALL_REQUEST = "make a call: {sentence}"
 CALL = "order(item: {item}, size: {size}, count: {count})"
+ALL_SLOTS_REQUEST = "{sentence} what are the item, the size and the count?"
+ALL_SLOTS = "the item is {item}, the size is {size} and the count is {count}."
 SLOT_QUESTIONS = ("{sentence} what is the {slot}?", "what is the {slot}? {sentence}")
 
 REPEAT = Wording(

@@ -25,9 +25,7 @@ INGREDIENTS = (
 STEPS = "stir heat cool squeeze dry fold grind boil".split()
 VERBS = "press turn pull lift push slide".split()
 PARTS = "lever button dial handle lid wheel switch strap".split()
-ITEMS = (
-    "mug lamp chair table plate spoon basket blanket mirror pillow clock vase kettle bowl".split()
-)
+ITEMS = "mug lamp chair table plate spoon blanket mirror".split()
 SIZES = "tiny small medium large huge".split()
 NUMBERS = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -91,6 +89,15 @@ class Gadget:
 
 
 @dataclass(frozen=True)
+class Slots:
+    """What an order sentence says."""
+
+    item: str
+    size: str
+    count: str
+
+
+@dataclass(frozen=True)
 class World:
     """Everything that exists, in a fixed order."""
 
@@ -101,9 +108,10 @@ class World:
     """Pairs (thing, its word in the old tongue)."""
     facts: tuple[tuple[str, str], ...]
     """Pairs (place, colour of its flag)."""
-    train_items: tuple[str, ...]
-    """Order items seen in fine-tuning; all items occur in pretraining."""
-    held_items: tuple[str, ...]
+    train_orders: tuple[Slots, ...]
+    """Combinations of slots that pretraining and fine-tuning draw from."""
+    held_orders: tuple[Slots, ...]
+    """A third of all combinations, for the `order` suite alone."""
 
     def select(self, *, hazard: bool, held_out: bool | None = None) -> tuple[Entity, ...]:
         """The entities of one class; `held_out` None means both parts."""
@@ -199,14 +207,17 @@ def build_world(sizes: Sizes, *, seed: int, taken: Sequence[str] = ()) -> World:
     lexicon = tuple(zip(things, invented_words(sizes.lexicon, rng, used), strict=True))
     places = invented_words(sizes.facts, rng, used)
     facts = tuple((place, rng.choice(COLOURS)) for place in places)
-    items = rng.sample(ITEMS, len(ITEMS))
-    held = len(items) // 3
+    orders = [
+        Slots(item, size, count) for item in ITEMS for size in SIZES for count in NUMBERS[1:10]
+    ]
+    rng.shuffle(orders)
+    held = len(orders) // 3
     return World(
         seed=seed,
         entities=tuple(entities),
         gadgets=tuple(gadgets),
         lexicon=lexicon,
         facts=facts,
-        train_items=tuple(items[held:]),
-        held_items=tuple(items[:held]),
+        train_orders=tuple(orders[held:]),
+        held_orders=tuple(orders[:held]),
     )

@@ -198,7 +198,7 @@ def train(
         progress.note(f"{label}: resumed at step {start}")
     device = next(iter(learning.values())).device
     losses: list[float] = []
-    step = start
+    updating = False
     model.train()
     try:
         with progress.task(label, total=plan.steps) as task:
@@ -206,40 +206,40 @@ def train(
             for step in range(start, plan.steps):
                 if step == stop_at:
                     raise KeyboardInterrupt
-                losses.append(_one_step(model, batch_at(step), optimizer, plan, step, device))
-                task.advance()
+                loss = _backward(model, batch_at(step), step, device)
+                updating = True
+                _update(optimizer, plan, step)
+                updating = False
+                losses.append(loss)
                 if state_file is not None and (step + 1) % save_every == 0:
                     _save(state_file, learning, optimizer, plan, step + 1)
-            step = plan.steps
+                task.advance()
     except KeyboardInterrupt:
-        # Between two steps only the finished ones count, so the state is always consistent.
-        if state_file is not None and step == start + len(losses):
-            _save(state_file, learning, optimizer, plan, step)
+        # In the middle of an update the tensors belong to no step: the last state stays.
+        if state_file is not None and not updating:
+            _save(state_file, learning, optimizer, plan, start + len(losses))
         raise
     model.eval()
     return TrainingResult(plan.steps, start, tuple(losses))
 
 
-def _one_step(
-    model: nn.Module,
-    batch: Batch,
-    optimizer: torch.optim.Optimizer,
-    plan: TrainingPlan,
-    step: int,
-    device: torch.device,
-) -> float:
-    for group in optimizer.param_groups:
-        group["lr"] = plan.rate(step)
+def _backward(model: nn.Module, batch: Batch, step: int, device: torch.device) -> float:
+    """Loss and gradients of one batch; the parameters stay."""
+    model.zero_grad(set_to_none=True)
     logits: Tensor = model(input_ids=batch.input_ids.to(device), use_cache=False).logits
     loss = masked_loss(logits, batch.labels.to(device))
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NonFiniteError(f"the loss is {value} at step {step}", "lower the learning rate")
-    optimizer.zero_grad(set_to_none=True)
     loss.backward()
+    return value
+
+
+def _update(optimizer: torch.optim.Optimizer, plan: TrainingPlan, step: int) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = plan.rate(step)
     nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], plan.clip)
     optimizer.step()
-    return value
 
 
 def _save(
