@@ -136,7 +136,7 @@ class Editor:
         try:
             edit = self._plan.method.edit(layer, self._statistics)
             result, effect = self._apply(edit, matrices)
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
             raise CheckpointError(
                 f"{slot.key}: its decomposition does not converge ({error})",
                 "check the tensor in every checkpoint of the run",

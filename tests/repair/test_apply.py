@@ -74,7 +74,9 @@ def test_rounding_can_eat_an_edit() -> None:
     assert small.changed < 0.2 * w.numel() and large.changed > 0.9 * w.numel()
     assert small.survival is not None and small.survival < 0.6
     assert large.survival == pytest.approx(1.0, abs=0.01)
-    _, gone = apply_edit(torch.ones(4, 4, dtype=torch.bfloat16), Dense(1e-6 * e[:4, :4]), strength=1.0)
+    _, gone = apply_edit(
+        torch.ones(4, 4, dtype=torch.bfloat16), Dense(1e-6 * e[:4, :4]), strength=1.0
+    )
     assert gone.survival == 0.0 and gone.changed == 0 and gone.max_edit > 0
 
 

@@ -74,7 +74,7 @@ def make_trio(
     max_shard_size: str = "50GB",
     size: float = 0.02,
 ) -> Trio:
-    """Save a family whose alignment and task vectors are low-rank plus noise."""
+    """Save a family whose drifts are of rank 2 plus noise: a cut at 2 is far from degenerate."""
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[arch]())
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
