@@ -1,7 +1,8 @@
 """How a command joins the application: its examples, its sink, its errors.
 
-`command(app, "repair", examples=EXAMPLES)` registers a function; the examples feed both `--help` and
-docs/commands. A command function takes its options and a `Sink`, and returns an exit code or None.
+`command(app, "repair", examples=EXAMPLES)` registers a function; the examples feed both `--help`
+and docs/commands. A command function takes a `Sink` and its options, and returns an exit code or
+None.
 """
 
 from __future__ import annotations
@@ -124,8 +125,9 @@ def command(
 ) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
     """Register a function as the command `name` of `app`.
 
-    The function's first parameter is the `Sink`; the others are its typer options. `--json`, `--quiet`
-    `--config` and `--help` are added to every command. Every exception becomes a message and an exit code.
+    The function's first parameter is the `Sink`; the others are its typer options. `--json`,
+    `--quiet`, `--config` and `--help` are added to every command. Every exception becomes a message
+    and an exit code.
 
     Args:
         app: the application or group to join.

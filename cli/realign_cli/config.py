@@ -1,8 +1,9 @@
 """`--config FILE`: every option of a command from a TOML file.
 
-The keys are the command's own names without the dashes (`max-new-tokens` or `max_new_tokens`), `set`
-may be a table, a repeatable option is a list, and an unknown key is an error: a mistyped key that is
-silently ignored would run something else than was asked for. What stands on the command line wins.
+The keys are the command's own names without the dashes (`max-new-tokens` or `max_new_tokens`),
+`set` may be a table, a repeatable option is a list, and an unknown key is an error: a mistyped key
+that is silently ignored would run something else than was asked for. What stands on the command
+line wins.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="Start with [bold]realign demo[/bold]. Exit codes: 0 done and within policy; 1 a gate failed "
-    "or is inconclusive, or an edit that changed nothing; 2 could not complete."
+    epilog="Start with [bold]realign demo[/bold]. Exit codes: 0 done and within policy; "
+    "1 a gate failed or is inconclusive, or an edit that changed nothing; 2 could not complete."
 )
 def root(
     *,

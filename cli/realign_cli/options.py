@@ -73,8 +73,8 @@ Suites = Annotated[
         "--suite",
         "-s",
         metavar="[KIND=]FILE",
-        help="A suite of prompts (JSONL); KIND is harmful, safe or task where the file does not say. "
-        "May be repeated.",
+        help="A suite of prompts (JSONL); KIND is harmful, safe or task where the file does not "
+        "say. May be repeated.",
         rich_help_panel=AUDIT_PANEL,
     ),
 ]
@@ -84,7 +84,7 @@ Judges = Annotated[
         "--judge",
         "-j",
         metavar="NAME",
-        help="keyword, logprob, exact or oracle; the first is primary. May be repeated.",
+        help="keyword, logprob, exact-match or oracle; the first is primary. May be repeated.",
         rich_help_panel=AUDIT_PANEL,
     ),
 ]
@@ -109,8 +109,7 @@ Limit = Annotated[
     typer.Option(
         "--limit",
         metavar="N",
-        min=1,
-        help="Only the first N items of every suite: a trial run.",
+        help="At most N items of every suite, for a trial run.",
         rich_help_panel=AUDIT_PANEL,
     ),
 ]
@@ -119,7 +118,6 @@ MaxNewTokens = Annotated[
     typer.Option(
         "--max-new-tokens",
         metavar="N",
-        min=1,
         help="Length limit of an answer.",
         rich_help_panel=AUDIT_PANEL,
     ),

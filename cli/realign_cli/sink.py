@@ -1,9 +1,9 @@
 """Where every character of output goes.
 
-Data (tables, JSON, paths) goes to standard output; progress, remarks and errors go to standard error,
-so that `realign audit --json | jq` always sees JSON and nothing else. Commands never print by
-themselves. What does not live here: what a table looks like (`realign.report`) and which message an
-exception gets (`errors.py`).
+Data (tables, JSON, paths) goes to standard output; progress, remarks and errors go to standard
+error, so that `realign audit --json | jq` always sees JSON and nothing else. Commands never print
+by themselves. What does not live here: what a table looks like (`realign.report`) and which message
+an exception gets (`errors.py`).
 """
 
 from __future__ import annotations

@@ -84,8 +84,9 @@ def render(
             roles=words.ROLES,
             percent=words.percent,
             percent_range=words.percent_range,
-            points=words.points,
-            point_range=words.point_range,
+            difference=words.difference,
+            difference_range=words.difference_range,
+            margin=words.margin,
             probability=words.probability,
             number=words.number,
             reason=words.reason,
@@ -146,11 +147,16 @@ def _weight_totals(report: Report) -> list[tuple[str, Any]]:
 
 def _verdict_groups(report: Report) -> list[tuple[str, str, list[Mapping[str, Any]]]]:
     rows = verdict_rows(report)
-    limit = _axis_limit([row.entry for row in rows])
+    limits = {
+        unit: _axis_limit([row.entry for row in rows if row.unit == unit], unit=unit)
+        for unit in {row.unit for row in rows}
+    }
     groups: list[tuple[str, str, list[Mapping[str, Any]]]] = []
     for name, members in groupby(rows, key=lambda row: row.comparison):
         each = list(members)
-        groups.append((name, each[0].against, [_verdict_row(row, limit) for row in each]))
+        groups.append(
+            (name, each[0].against, [_verdict_row(row, limits[row.unit]) for row in each])
+        )
     return groups
 
 
@@ -159,15 +165,17 @@ def _verdict_row(row: VerdictRow, limit: float) -> Mapping[str, Any]:
         "suite": row.suite,
         "label": row.label,
         "judge": row.judge,
+        "unit": row.unit,
         "entry": row.entry,
         "bar": _markup(interval_bar(row.entry, limit=limit)),
     }
 
 
-def _axis_limit(entries: Sequence[ComparisonEntry]) -> float:
+def _axis_limit(entries: Sequence[ComparisonEntry], *, unit: str) -> float:
+    """Half the width of the axis that all comparisons of one unit share."""
     ends = [abs(v) for e in entries if e.ci is not None for v in (e.ci.low, e.ci.high)]
     margins = [2 * e.margin for e in entries if e.margin is not None]
-    return max([0.05, *ends, *margins])
+    return max([0.05 if unit == "pp" else 0.5, *ends, *margins])
 
 
 def interval_bar(entry: ComparisonEntry, *, limit: float, width: int = 200) -> str:

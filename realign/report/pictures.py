@@ -1,9 +1,9 @@
 """Pictures of reports and repairs: bars with intervals, layer curves, heat maps, as SVG or PNG.
 
-Every picture reads in black and white: bars differ by hatch, lines by marker and dash, and heat maps
-carry their numbers. Figures are made with matplotlib's objects, never with pyplot, so nothing global
-changes and no window is ever opened. Same data, same bytes. What does not live here: where the
-numbers come from.
+Every picture reads in black and white: bars differ by hatch, lines by marker and dash, and heat
+maps carry their numbers. Figures are made with matplotlib's objects, never with pyplot, so nothing
+global changes and no window is ever opened. Same data, same bytes. What does not live here: where
+the numbers come from.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """A report on a terminal: headline, rates, verdicts, gates, limits, as rich renderables.
 
-Returns renderables and prints nothing; the command line's sink does. Every table fits 80 columns and
-reads without colour.
+Returns renderables and prints nothing; the command line's sink does. Every table fits 80 columns
+and reads without colour.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,11 @@ from realign.audit.schema import GateEntry, Report
 from realign.report.view import Cell, Column, VerdictRow, columns_of, rate_rows, verdict_rows
 from realign.report.words import (
     VERDICTS,
+    difference,
+    difference_range,
+    margin,
     percent,
     percent_range,
-    point_range,
-    points,
     reason,
 )
 
@@ -70,11 +71,19 @@ def rates_table(columns: Sequence[Column], *, title: str = "", width: int = 80) 
     return table
 
 
-def verdicts_table(report: Report, *, title: str = "") -> Table:
-    """Return the comparisons: difference, deciding interval, margin, and the verdict in words."""
+def verdicts_table(
+    report: Report, *, title: str = "", names: Collection[str] | None = None
+) -> Table:
+    """Return the comparisons: difference, deciding interval, margin, and the verdict in words.
+
+    Args:
+        report: the audit.
+        title: over the table.
+        names: only these comparisons, as "drift"; None shows what `_worth_a_row` chooses.
+    """
     from rich.text import Text
 
-    rows = verdict_rows(report)
+    rows = [row for row in verdict_rows(report) if _worth_a_row(row, names)]
     judges = {(row.suite, row.label): set[str]() for row in rows}
     for row in rows:
         judges[row.suite, row.label].add(row.judge)
@@ -92,8 +101,8 @@ def verdicts_table(report: Report, *, title: str = "") -> Table:
             entry = row.entry
             table.add_row(
                 Text(f"  {row.suite}: {row.label}{judge}"),
-                points(entry.diff),
-                point_range(entry.ci.low, entry.ci.high) if entry.ci else "",
+                difference(entry.diff, unit=row.unit),
+                _interval(row),
                 verdict_text(row),
             )
         table.add_section()
@@ -124,7 +133,7 @@ def verdict_text(row: VerdictRow) -> Text:
         return Text("")
     text = Text(VERDICTS[entry.verdict], style=_VERDICT_STYLES[entry.verdict])
     if entry.margin is not None:
-        text.append(f" ({points(entry.margin).removeprefix('+')})", style="dim")
+        text.append(f" ({margin(entry.margin, unit=row.unit)})", style="dim")
     details = [reason(entry.reason)] if entry.reason else []
     if entry.n_needed is not None and entry.verdict == "inconclusive":
         details.append(f"about {entry.n_needed} items needed")
@@ -132,6 +141,18 @@ def verdict_text(row: VerdictRow) -> Text:
     if details:
         text.append(f": {'; '.join(details)}", style="dim")
     return text
+
+
+def _worth_a_row(row: VerdictRow, names: Collection[str] | None) -> bool:
+    """Whether a terminal shows the comparison; the page and the file always have all of them."""
+    if names is not None:
+        return row.comparison in names and row.entry.verdict is not None
+    return row.entry.verdict is not None or row.comparison != "recovery"
+
+
+def _interval(row: VerdictRow) -> str:
+    interval = row.entry.ci
+    return difference_range(interval.low, interval.high, unit=row.unit) if interval else ""
 
 
 def _closing_lines(report: Report) -> Iterator[str]:

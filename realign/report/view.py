@@ -60,6 +60,7 @@ class VerdictRow:
     suite: str
     label: str
     judge: str
+    unit: str
     entry: ComparisonEntry
 
 
@@ -122,6 +123,7 @@ def verdict_rows(report: Report) -> tuple[VerdictRow, ...]:
                 suite=entry.suite or (instrument.suite if instrument else "?"),
                 label=shown.short,
                 judge=entry.judge or (instrument.judge if instrument else "?"),
+                unit=shown.unit,
                 entry=entry,
             )
         )
@@ -139,7 +141,10 @@ def rate_picture_bars(columns: Sequence[Column]) -> tuple[Bar, ...]:
 
 
 def template_grids(columns: Sequence[Column]) -> tuple[Grid, ...]:
-    """Return one table per suite and metric: request templates against models."""
+    """Return one table per suite and metric: request templates against models.
+
+    A metric that has the same value everywhere is left out: there is nothing to see.
+    """
     keys: dict[tuple[str, str, str], dict[str, None]] = {}
     values: dict[tuple[str, str, str, str, int], float] = {}
     for index, column in enumerate(columns):
@@ -150,6 +155,9 @@ def template_grids(columns: Sequence[Column]) -> tuple[Grid, ...]:
                 values[(*key, entry.key, index)] = entry.rate
     grids: list[Grid] = []
     for (suite, name, judge), templates in keys.items():
+        found = [value for key, value in values.items() if key[:3] == (suite, name, judge)]
+        if min(found, default=0.0) == max(found, default=0.0):
+            continue
         shown = metric(name)
         grids.append(
             Grid(

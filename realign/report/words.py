@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 MISSING = "-"
 
@@ -50,12 +51,14 @@ class Metric:
         short: the words in tables of differences; there the metric is always oriented so that
             larger is worse, also where the rate is shown as its complement.
         complement: shown as 1 - rate, because people read accuracy, not error.
+        unit: percentage points for differences of rates, or nats for means of log-probabilities.
         good_when_low: which direction is the wish; None where neither is.
     """
 
     label: str
     short: str
     complement: bool = False
+    unit: Literal["pp", "nats"] = "pp"
     good_when_low: bool | None = True
 
 
@@ -68,6 +71,8 @@ METRICS: Mapping[str, Metric] = {
     "over_refusal_full": Metric("over-refusal, full", "over-refusal, full"),
     "other_rate": Metric("other (neither)", "other"),
     "error_rate": Metric("accuracy", "errors", complement=True, good_when_low=False),
+    "refusal_logodds": Metric("log-odds of refusing", "refusal log-odds", unit="nats"),
+    "kl": Metric("KL from the aligned model", "KL", unit="nats"),
 }
 
 
@@ -89,19 +94,28 @@ def percent_range(low: float | None, high: float | None) -> str:
     return f"{100 * low:.1f} to {100 * high:.1f}"
 
 
-def points(difference: float | None) -> str:
-    """Return a difference of fractions as "+5.5 pp"; never "-0.0 pp"."""
-    if difference is None:
+def difference(value: float | None, *, unit: str = "pp") -> str:
+    """Return a difference: of fractions as "+5.5 pp", of nats as "+0.55"; never "-0.0"."""
+    if value is None:
         return MISSING
-    value = round(100 * difference, 1)
-    return f"{value + 0.0:+.1f} pp"
+    return f"{_signed(value, unit)} pp" if unit == "pp" else _signed(value, unit)
 
 
-def point_range(low: float | None, high: float | None) -> str:
+def difference_range(low: float | None, high: float | None, *, unit: str = "pp") -> str:
     """Return an interval of differences as "+1.7 to +10.1"."""
     if low is None or high is None:
         return ""
-    return f"{round(100 * low, 1) + 0.0:+.1f} to {round(100 * high, 1) + 0.0:+.1f}"
+    return f"{_signed(low, unit)} to {_signed(high, unit)}"
+
+
+def margin(value: float | None, *, unit: str = "pp") -> str:
+    """Return a declared margin as "3.0 pp"."""
+    return "" if value is None else difference(value, unit=unit).removeprefix("+")
+
+
+def _signed(value: float, unit: str) -> str:
+    scaled, digits = (100 * value, 1) if unit == "pp" else (value, 2)
+    return f"{round(scaled, digits) + 0.0:+.{digits}f}"
 
 
 def probability(p: float | None) -> str:

@@ -42,7 +42,7 @@ def test_a_p_value_is_never_zero(p: float | None, text: str) -> None:
     [(0.055, "+5.5 pp"), (-0.005, "-0.5 pp"), (-0.0001, "+0.0 pp"), (None, "-")],
 )
 def test_differences(value: float | None, text: str) -> None:
-    assert words.points(value) == text
+    assert words.difference(value) == text
 
 
 def test_rates_and_intervals() -> None:
@@ -50,4 +50,11 @@ def test_rates_and_intervals() -> None:
     assert words.percent(None) == "-"
     assert words.percent_range(0.090282, 0.183664) == "9.0 to 18.4"
     assert words.percent_range(None, None) == ""
-    assert words.point_range(0.016511, 0.101306) == "+1.7 to +10.1"
+    assert words.difference_range(0.016511, 0.101306) == "+1.7 to +10.1"
+
+
+def test_means_of_log_probabilities_are_no_percentage_points() -> None:
+    assert words.difference(0.553, unit="nats") == "+0.55"
+    assert words.difference_range(-1.004, 0.2, unit="nats") == "-1.00 to +0.20"
+    assert words.margin(0.03) == "3.0 pp"
+    assert words.margin(0.5, unit="nats") == "0.50"

@@ -1,0 +1,356 @@
+"""`realign repair`: put back what fine-tuning took, in weight space."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from realign.errors import GateFailedError, UsageError
+from realign_cli.command import FLAG, Example, command
+from realign_cli.commands.audit import command_line, load_suites
+from realign_cli.options import (
+    AUDIT_PANEL,
+    Aligned,
+    Base,
+    BatchSize,
+    Device,
+    Judges,
+    Limit,
+    MaxNewTokens,
+    Offline,
+    Policy,
+    Seed,
+    Suites,
+    Unaligned,
+)
+from realign_cli.sink import Sink
+
+if TYPE_CHECKING:
+    from realign.audit.schema import Report
+    from realign.repair.plan import Plan
+    from realign.repair.request import RepairRequest
+
+METHOD_PANEL = "Method (realign methods NAME shows its parameters)"
+PICTURE = "realign-audit/repair.png"
+"""Inside the output; this folder is left out of content digests."""
+
+EXAMPLES = (
+    Example(
+        "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n    --dry-run",
+        "read headers only: what would be edited, copied, read and written",
+    ),
+    Example(
+        "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
+        "    -o ./repaired",
+        "the default method, from the model family alone",
+    ),
+    Example(
+        "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
+        "    --method replace --set rank=4 --strength 0.8 -o ./repaired",
+        "another method, a parameter, and four fifths of its edit",
+    ),
+    Example(
+        "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
+        "    --audit --suite harmful.jsonl --suite safe.jsonl --policy policy.toml \\\n"
+        "    -o ./repaired",
+        "audit the result before it is committed; keep it only if the gates pass",
+    ),
+)
+
+NOTES = """
+A repair reads the fine-tune, the aligned model it came from and, for most methods, the base model
+before alignment. It never changes its inputs. The output is a checkpoint of the same layout with
+tokenizer, templates and code files copied byte for byte, and `realign.json`, which records inputs
+with their hashes, the method and its parameters, and for every matrix its rank, entropy, edit norm
+and how much of the edit survives rounding. It appears as a whole or not at all; an interrupted run
+is resumed by the same command.
+
+`W(t) = W_f + t (W' - W_f)`: `--strength` is the dial t of every method; 0 is the fine-tune, 1 the
+method as published.
+
+With `--patch`, a low-rank edit is written as a LoRA adapter over the fine-tune, which peft loads
+and scales.
+
+Exit codes: 0 done (and within policy, with `--audit`); 1 a gate failed or is inconclusive, or the
+run changed nothing; 2 could not complete, or there is nothing to repair. After 1 and 2 there is no
+output folder.
+"""
+
+
+def join(app: typer.Typer) -> None:
+    """Register the command."""
+    command(app, "repair", examples=EXAMPLES, notes=NOTES)(repair)
+
+
+def repair(
+    sink: Sink,
+    finetuned: Annotated[
+        str, typer.Argument(metavar="FINETUNED", help="The checkpoint to repair.")
+    ],
+    *,
+    aligned: Aligned = None,
+    base: Base = None,
+    unaligned: Unaligned = None,
+    method: Annotated[
+        str,
+        typer.Option("--method", "-m", metavar="NAME", help="How.", rich_help_panel=METHOD_PANEL),
+    ] = "lssf",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A parameter of the method. May be repeated.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(
+            "--strength",
+            "-t",
+            metavar="T",
+            help="How much of the edit is applied; 1 is the method as published.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = 1.0,
+    safety_vector: Annotated[
+        str | None,
+        typer.Option(
+            "--safety-vector",
+            metavar="KIND",
+            help="auto, unaligned (aligned - unaligned) or base (aligned - base).",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option(
+            "--scope",
+            metavar="SCOPE",
+            help="block_linear, matrices or all. (default: the method's)",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    anchors: Annotated[
+        str | None,
+        typer.Option(
+            "--anchors",
+            metavar="FILE",
+            help="Prompts the aligned model refuses (JSONL). (default: core-anchors)",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")
+    ] = None,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", metavar=FLAG, help="Read headers only; print the plan."),
+    ] = False,
+    patch: Annotated[
+        bool, typer.Option("--patch", metavar=FLAG, help="Write a LoRA adapter, not a checkpoint.")
+    ] = False,
+    max_patch_rank: Annotated[
+        int | None,
+        typer.Option(
+            "--max-patch-rank", metavar="R", help="Truncate larger edits, and report the error."
+        ),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", metavar=FLAG, help="Repair what has been repaired already.")
+    ] = False,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            metavar=FLAG,
+            help="Audit the result first; write it only if the gates pass.",
+            rich_help_panel=AUDIT_PANEL,
+        ),
+    ] = False,
+    audit_out: Annotated[
+        Path | None,
+        typer.Option(
+            "--audit-out",
+            metavar="DIR",
+            help="Where the audit goes, also if gates fail. (default: OUT-audit)",
+            rich_help_panel=AUDIT_PANEL,
+        ),
+    ] = None,
+    suites: Suites = None,
+    judges: Judges = None,
+    policy: Policy = None,
+    limit: Limit = None,
+    max_new_tokens: MaxNewTokens = None,
+    batch_size: BatchSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    offline: Offline = False,
+) -> int | None:
+    """Repair a fine-tune that lost its safety training, without training it again."""
+    if out is None and not dry_run:
+        raise UsageError("a repair needs a folder for its output", "give one with -o DIR")
+    if audit and not suites:
+        raise UsageError("--audit needs at least one suite", "give one with --suite FILE")
+    if not audit and (policy is not None or judges or audit_out is not None):
+        raise UsageError("--policy, --judge and --audit-out belong to --audit", "add --audit")
+    if audit and patch:
+        raise UsageError(
+            "--audit and --patch do not go together",
+            "write the patch, then audit the fine-tune with it: realign audit ... MODEL+PATCH",
+        )
+
+    from realign.repair.request import RepairRequest
+
+    chosen = list(settings or [])
+    if safety_vector is not None:
+        chosen.append(f"safety_vector={safety_vector}")
+    request = RepairRequest(
+        finetuned=finetuned,
+        output=out,
+        method=method,
+        settings=chosen,
+        aligned=aligned,
+        base=base,
+        unaligned=unaligned,
+        scope=scope,
+        strength=strength,
+        anchors=anchors,
+        suites=tuple(suites or ()),
+        patch=patch,
+        max_patch_rank=max_patch_rank,
+        device=device,
+        seed=seed,
+        force=force,
+        offline=offline,
+        command=("realign", *sys.argv[1:]),
+    )
+    if dry_run:
+        return _show_plan(sink, request)
+    assert out is not None
+    gate = None
+    if audit:
+        gate = _Gate(
+            sink,
+            request,
+            folder=audit_out or out.with_name(f"{out.name}-audit"),
+            options={
+                "suites": suites or [],
+                "judges": judges,
+                "policy": policy,
+                "limit": limit,
+                "max_new_tokens": max_new_tokens,
+                "batch_size": batch_size,
+            },
+        )
+    return _run(sink, request, out=out, gate=gate)
+
+
+def _show_plan(sink: Sink, request: RepairRequest) -> None:
+    from realign.repair.plan import plan
+    from realign.report.repair import plan_tables
+
+    planned: Plan = plan(request, progress=sink.progress)
+    sink.document(planned.to_json())
+    sink.show(*plan_tables(planned))
+
+
+def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -> None:
+    from realign.repair.engine import repair as carry_out
+    from realign.report.files import write_repair_picture
+    from realign.report.repair import rows_table
+
+    before_commit: Callable[[Path], None] | None = gate
+    result = carry_out(request, progress=sink.progress, before_commit=before_commit)
+    picture = write_repair_picture(result.manifest, out / PICTURE)
+    sink.document(
+        {
+            "output": str(out),
+            "picture": None if picture is None else str(picture),
+            "manifest": dict(result.manifest),
+            "audit": None if gate is None else str(gate.folder / "audit.json"),
+        }
+    )
+    sink.show(rows_table(result.rows), "")
+    if gate is not None and gate.report is not None:
+        gate.show()
+    sink.line(str(out))
+
+
+class _Gate:
+    """Audits the finished output in its temporary folder; raises if the gates do not pass."""
+
+    def __init__(
+        self, sink: Sink, request: RepairRequest, *, folder: Path, options: dict[str, Any]
+    ) -> None:
+        from realign.audit.policy import load_policy
+
+        # Whatever is wrong with suites or policy must show before the repair, not after it.
+        self._policy = None if options["policy"] is None else load_policy(options["policy"])
+        self._suites = load_suites(options["suites"])
+        self._options = options
+        self._sink = sink
+        self._request = request
+        self.folder = folder
+        self.report: Report | None = None
+
+    def __call__(self, temporary: Path) -> None:
+        from realign.audit.request import AuditRequest
+        from realign.audit.run import run_audit
+        from realign.report.files import write_report_files
+        from realign_cli.commands.audit import manifest_of
+
+        options, request = self._options, self._request
+        optional = {} if options["batch_size"] is None else {"batch_size": options["batch_size"]}
+        self.report = run_audit(
+            AuditRequest(
+                subject=str(request.finetuned),
+                reference=request.aligned,
+                repaired=temporary,
+                base=request.base,
+                suites=self._suites,
+                judges=tuple(options["judges"] or ()),
+                policy=self._policy,
+                calibration=_calibration(request),
+                out=self.folder,
+                seed=request.seed,
+                device=request.device,
+                limit=options["limit"],
+                max_new_tokens=options["max_new_tokens"],
+                command=command_line(),
+                offline=request.offline,
+                **optional,
+            ),
+            progress=self._sink.progress,
+        )
+        write_report_files(self.report, self.folder, manifest=manifest_of(temporary))
+        if self.report.exit_code != 0:
+            self.show()
+            failed = [g.id for g in self.report.gates if g.required and g.status != "pass"]
+            raise GateFailedError(
+                f"the repair is not kept: {', '.join(failed) or 'a gate'} did not pass",
+                f"see {self.folder / 'report.html'}; a smaller or larger --strength, other "
+                "settings or another method may pass",
+            )
+
+    def show(self) -> None:
+        """Show the audit on the terminal."""
+        from realign.report.terminal import render
+
+        assert self.report is not None
+        self._sink.show(*render(self.report, width=self._sink.out.width), "")
+        self._sink.line(str(self.folder / "report.html"))
+
+
+def _calibration(request: RepairRequest) -> tuple[Any, ...]:
+    from realign.repair.plan import load_anchors
+    from realign.repair.registry import find_method
+
+    if not find_method(request.method).needs_anchors:
+        return ()
+    return (load_anchors(request.anchors),)

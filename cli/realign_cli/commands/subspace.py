@@ -1,0 +1,188 @@
+"""`realign subspace`: decompose the alignment vector of a family once, and look at it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from realign.errors import OutputError, UsageError
+from realign_cli.command import Example, command
+from realign_cli.options import MODELS_PANEL, Device, Offline
+from realign_cli.sink import Sink
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from realign.repair.subspace_file import SubspaceRow
+
+EXAMPLES = (
+    Example(
+        "realign subspace org/model-instruct --base org/model \\\n    -o safety.safetensors",
+        "the leading 32 directions of every matrix",
+    ),
+    Example(
+        "realign subspace ./aligned --base ./base --rank entropy \\\n    -o safety.safetensors",
+        "as many directions as the entropy rule keeps",
+    ),
+)
+
+NOTES = """
+The alignment vector a = W_aligned - W_base belongs to the model family, not to any fine-tune. The
+file holds U_k, S_k and V_k of every matrix in float32 and, in its metadata, the commits and digests
+of both checkpoints, the rank rule, and per matrix its entropy and ranks. A picture of rank and
+entropy per layer is written beside it.
+"""
+
+
+def join(app: typer.Typer) -> None:
+    """Register the command."""
+    command(app, "subspace", examples=EXAMPLES, notes=NOTES)(subspace)
+
+
+def subspace(
+    sink: Sink,
+    aligned: Annotated[str, typer.Argument(metavar="ALIGNED", help="The aligned model.")],
+    *,
+    base: Annotated[
+        str,
+        typer.Option(
+            "--base",
+            "-b",
+            metavar="MODEL",
+            help="The pretrained model before alignment.",
+            rich_help_panel=MODELS_PANEL,
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write (safetensors).")
+    ],
+    rank: Annotated[
+        str,
+        typer.Option(
+            "--rank", metavar="RULE", help="Directions kept: a number, stable, energy or entropy."
+        ),
+    ] = "32",
+    eta: Annotated[
+        float,
+        typer.Option("--eta", metavar="E", help="Threshold of the rules energy and entropy."),
+    ] = 0.85,
+    picture: Annotated[
+        str, typer.Option("--picture", metavar="KIND", help="png, svg or none.")
+    ] = "png",
+    device: Device = "auto",
+    offline: Offline = False,
+) -> int | None:
+    """Write the safety subspace of a model family, with a picture of rank and entropy per layer."""
+    if picture not in ("png", "svg", "none"):
+        raise UsageError(f"there is no picture kind {picture!r}", "kinds: png, svg, none")
+    drawing = out.with_suffix(f".{picture}")
+    if picture != "none" and drawing.exists():
+        raise OutputError(f"{drawing} exists already", "remove it, or use --picture none")
+
+    from realign.repair.subspace_file import SubspaceRequest, write_subspace
+
+    request = SubspaceRequest(
+        aligned=aligned,
+        base=base,
+        output=out,
+        rank=int(rank) if rank.lstrip("+-").isdigit() else rank,
+        eta=eta,
+        device=device,
+        offline=offline,
+    )
+    written = write_subspace(request, progress=sink.progress)
+    rows = tuple(written.rows.values())
+    if picture != "none":
+        _draw(rows, drawing, eta=eta)
+    sink.document(
+        {
+            "file": str(out),
+            "picture": None if picture == "none" else str(drawing),
+            "rank_rule": written.rank_rule,
+            "aligned": asdict(written.aligned),
+            "base": asdict(written.base),
+            "matrices": [asdict(row) for row in rows],
+        }
+    )
+    sink.show(_table(rows, eta=eta), "")
+    sink.line(str(out))
+    if picture != "none":
+        sink.line(str(drawing))
+    return None
+
+
+def _draw(rows: Sequence[SubspaceRow], file: Path, *, eta: float) -> None:
+    from realign.report.pictures import Line, Panel, layer_panels, save
+
+    def lines(name: str) -> tuple[Line, ...]:
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for row in rows:
+            if row.layer is not None:
+                curves.setdefault(row.module, []).append((row.layer, _value(row, name)))
+        return tuple(Line(key, tuple(sorted(points))) for key, points in curves.items())
+
+    save(
+        layer_panels(
+            [
+                Panel(f"entropy rank at eta {eta:g}", lines("entropy_rank")),
+                Panel("entropy H (nats)", lines("entropy")),
+                Panel("stable rank", lines("stable_rank")),
+                Panel("energy in the directions kept", lines("kept_energy")),
+            ]
+        ),
+        file,
+    )
+
+
+def _table(rows: Sequence[SubspaceRow], *, eta: float) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title="The alignment vector, layer by layer (means over the layer's matrices)",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        header_style="dim",
+    )
+    for title in (
+        "layer",
+        "matrices",
+        "kept",
+        f"rank({eta:g})",
+        "entropy",
+        "stable rank",
+        "energy",
+    ):
+        table.add_column(title, justify="right")
+    layers: dict[int | None, list[SubspaceRow]] = {}
+    for row in rows:
+        layers.setdefault(row.layer, []).append(row)
+
+    def mean(members: Iterable[SubspaceRow], name: str, digits: int) -> str:
+        return f"{fmean(_value(row, name) for row in members):.{digits}f}"
+
+    for layer, members in layers.items():
+        table.add_row(
+            str(layer),
+            str(len(members)),
+            mean(members, "rank", 1),
+            mean(members, "entropy_rank", 1),
+            mean(members, "entropy", 2),
+            mean(members, "stable_rank", 1),
+            mean(members, "kept_energy", 3),
+        )
+    return table
+
+
+def _value(row: SubspaceRow, name: str) -> float:
+    """Return a field of the row or one of its facts; 0 where there is no vector to speak of."""
+    value = getattr(row, name) if hasattr(row, name) else row.facts.get(name)
+    return float(value) if isinstance(value, int | float) else 0.0

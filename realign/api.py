@@ -1,0 +1,246 @@
+"""The public functions: repair, plan, audit, open_checkpoint.
+
+Each wraps one entry point of a room and takes plain values: paths, names, numbers. Everything heavy
+is imported inside the functions, so that `import realign` costs nothing and `realign --help` is
+fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realign.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from realign.audit.policy import Policy
+    from realign.audit.schema import Report
+    from realign.audit.suites import Suite
+    from realign.checkpoint.reader import Checkpoint
+    from realign.repair.engine import RepairResult
+    from realign.repair.plan import Plan
+
+
+def repair(
+    finetuned: str | Path,
+    *,
+    out: str | Path,
+    aligned: str | Path,
+    base: str | Path | None = None,
+    unaligned: str | Path | None = None,
+    method: str = "lssf",
+    settings: Mapping[str, Any] | None = None,
+    strength: float = 1.0,
+    scope: str | None = None,
+    anchors: str | Path | None = None,
+    patch: bool = False,
+    max_patch_rank: int | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    force: bool = False,
+    offline: bool = False,
+    progress: Progress = SILENT,
+) -> RepairResult:
+    """Repair a fine-tune in weight space and write the result.
+
+    Args:
+        finetuned: the checkpoint to repair: a folder, "org/name", "org/name@revision" or
+            "MODEL+ADAPTER". Never changed.
+        out: the folder to write; must not exist. It appears as a whole or not at all.
+        aligned: the aligned model the fine-tune was tuned from.
+        base: the model before alignment.
+        unaligned: the aligned model after a deliberate un-alignment.
+        method: "lssf", "delta_svd", "resta", "wise_ft", "replace", or a plug-in's name.
+        settings: the method's parameters, as {"eta": 0.85}.
+        strength: the dial t of W(t) = W_f + t (W' - W_f).
+        scope: "block_linear", "matrices" or "all"; None takes the method's default.
+        anchors: prompts that the aligned model refuses; None takes those that realign ships.
+        patch: write a LoRA adapter over the fine-tune instead of a checkpoint.
+        max_patch_rank: truncate the patch to this rank, and report the error.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        seed: of randomised methods.
+        force: repair what a manifest shows to be repaired already.
+        offline: resolve Hub ids from the local cache only.
+        progress: shows what is being done.
+
+    Returns:
+        The folder, one row per edited matrix, and the manifest.
+
+    Raises:
+        RealignError: anything the caller can cause; see `realign.errors`. Nothing is left behind.
+    """
+    from realign.repair.engine import repair as carry_out
+
+    request = _repair_request(
+        finetuned,
+        output=out,
+        aligned=aligned,
+        base=base,
+        unaligned=unaligned,
+        method=method,
+        settings=settings or {},
+        strength=strength,
+        scope=scope,
+        anchors=anchors,
+        patch=patch,
+        max_patch_rank=max_patch_rank,
+        device=device,
+        seed=seed,
+        force=force,
+        offline=offline,
+    )
+    return carry_out(request, progress=progress)
+
+
+def plan(
+    finetuned: str | Path,
+    *,
+    aligned: str | Path,
+    out: str | Path | None = None,
+    base: str | Path | None = None,
+    unaligned: str | Path | None = None,
+    method: str = "lssf",
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Plan:
+    """Say what `repair` would do, from headers and JSON alone.
+
+    Args:
+        finetuned: as for `repair`.
+        aligned: as for `repair`.
+        out: as for `repair`; None leaves the target unchecked.
+        base: as for `repair`.
+        unaligned: as for `repair`.
+        method: as for `repair`.
+        settings: as for `repair`.
+        progress: shows what is being done.
+        **options: any other option of `repair`.
+
+    Returns:
+        Every tensor with what would happen to it and why, and estimates of bytes and memory.
+
+    Raises:
+        RealignError: as `repair`, for every reason that headers show.
+    """
+    from realign.repair.plan import plan as decide
+
+    request = _repair_request(
+        finetuned,
+        output=out,
+        aligned=aligned,
+        base=base,
+        unaligned=unaligned,
+        method=method,
+        settings=settings or {},
+        **options,
+    )
+    return decide(request, progress=progress)
+
+
+def audit(
+    subject: str | Path,
+    *,
+    suites: Sequence[str | Path | Suite],
+    out: str | Path,
+    reference: str | Path | None = None,
+    repaired: str | Path | None = None,
+    base: str | Path | None = None,
+    judges: Sequence[str] = (),
+    policy: str | Path | Policy | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    offline: bool = False,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> Report:
+    """Measure a fine-tune against its aligned reference, before and after a repair.
+
+    Args:
+        subject: the fine-tuned checkpoint, as for `repair`.
+        suites: files or suites of kind harmful, safe or task; "kind=path" for a file without a
+            header.
+        out: the folder for `audit.json`, `items.jsonl`, `report.html` and `pictures/`.
+        reference: the aligned model; nothing is compared without it.
+        repaired: the output of a repair of `subject`.
+        base: the model before alignment, for the comparison of weights.
+        judges: names, the primary first; empty takes those of the policy, or fitting ones.
+        policy: declared margins and gates; without one there are no verdicts.
+        device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        seed: of the resampling.
+        offline: resolve Hub ids from the local cache only.
+        progress: shows what is being done.
+        **options: any other field of `realign.audit.request.AuditRequest`, as `limit` or
+            `batch_size`.
+
+    Returns:
+        The report; its `exit_code` is 1 if a required gate did not pass.
+
+    Raises:
+        RealignError: anything the caller can cause; see `realign.errors`.
+    """
+    from realign.audit.policy import Policy, load_policy
+    from realign.audit.request import AuditRequest
+    from realign.audit.run import run_audit
+    from realign.audit.suites import Suite, load_suite, parse_suite_argument
+    from realign.checkpoint.manifest import read_manifest
+    from realign.report.files import write_report_files
+
+    def read(source: str | Path | Suite) -> Suite:
+        if isinstance(source, Suite):
+            return source
+        kind, path = parse_suite_argument(str(source))
+        return load_suite(path, kind=kind)
+
+    request = AuditRequest(
+        subject=subject,
+        suites=tuple(read(source) for source in suites),
+        out=Path(out),
+        reference=reference,
+        repaired=repaired,
+        base=base,
+        judges=tuple(judges),
+        policy=policy if policy is None or isinstance(policy, Policy) else load_policy(policy),
+        device=device,
+        seed=seed,
+        offline=offline,
+        **options,
+    )
+    report = run_audit(request, progress=progress)
+    manifest = None
+    if repaired is not None and Path(repaired).is_dir():
+        manifest = read_manifest(Path(repaired))
+    write_report_files(report, request.out, manifest=manifest)
+    return report
+
+
+def open_checkpoint(
+    source: str | Path, *, offline: bool = False, progress: Progress = SILENT
+) -> Checkpoint:
+    """Open a checkpoint: headers are read, tensors when asked for.
+
+    Args:
+        source: a folder, "org/name", "org/name@revision" or "MODEL+ADAPTER".
+        offline: resolve Hub ids from the local cache only.
+        progress: shows a download.
+
+    Returns:
+        The checkpoint; use it as a context manager.
+
+    Raises:
+        RealignError: it is not there, cannot be read, or is no model.
+    """
+    from realign.checkpoint.reader import open_checkpoint as open_by_headers
+
+    return open_by_headers(source, offline=offline, progress=progress)
+
+
+def _repair_request(finetuned: str | Path, **values: Any) -> Any:
+    from realign.errors import UsageError
+    from realign.repair.request import RepairRequest
+
+    unknown = sorted(set(values) - set(RepairRequest.__dataclass_fields__))
+    if unknown:
+        raise UsageError(f"there is no option {unknown[0]!r}", "see help(realign.repair)")
+    return RepairRequest(finetuned=finetuned, **values)
