@@ -25,7 +25,7 @@ from torch import Tensor
 
 from realign.checkpoint.headers import TensorInfo, read_header
 from realign.checkpoint.lora import Factors, LoraConfig, parse_lora_config
-from realign.checkpoint.names import is_conv1d, text_config
+from realign.checkpoint.names import find_embedding, find_head, is_conv1d, is_tied, role_of
 from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reader import (
     ADAPTER_CONFIG,
@@ -250,7 +250,7 @@ class _Pairing:
         if name is None:
             raise self._absent(plain)
         have = self._base.tensors.get(name)
-        if have is not None and have.shape[1:] != info.shape[1:]:
+        if have is not None and have.shape != info.shape and not _resized(have, info):
             raise self._misfit(plain, info, have)
         self._change(name).replaced = info
 
@@ -372,30 +372,13 @@ class _Pairing:
         )
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the config ties the output head to the embeddings."""
-    return bool(
-        text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings", False))
-    )
-
-
-def find_embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """The input embeddings of a language model, by name."""
-    for ending in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"):
-        found = [name for name in tensors if name.split(".")[-2:] == [ending, "weight"]]
-        if len(found) == 1:
-            return found[0]
-    return None
-
-
 def _settle_ties(
     base: Checkpoint, lora: LoraConfig, changes: dict[str, _Change], same: Any
 ) -> dict[str, Any]:
     """Give the head its own tensor where training untied it; returns what the config must say."""
     head = next((n for n in changes if n.split(".")[-2:] == [_HEAD, "weight"]), None)
     embedding = find_embedding(base.tensors)
-    stored = [n for n in base.tensors if n.split(".")[-2:] == [_HEAD, "weight"]]
-    if stored or embedding is None or not is_tied(base.config):
+    if find_head(base.tensors) or embedding is None or not is_tied(base.config):
         return {}
     embedded = changes.get(embedding)
     if head is not None:
@@ -408,6 +391,13 @@ def _settle_ties(
         changes[f"{_HEAD}.weight"] = _Change(base_name=embedding)
         return {"tie_word_embeddings": False}
     return {}
+
+
+def _resized(have: TensorInfo, info: TensorInfo) -> bool:
+    """Whether a trained tensor differs from the base's by its vocabulary only."""
+    return (
+        role_of(have).kind in {"embedding", "head"} or role_of(have).module == _HEAD
+    ) and have.shape[1:] == info.shape[1:]
 
 
 def _effective(base: Checkpoint, changes: Mapping[str, _Change]) -> dict[str, TensorInfo]:

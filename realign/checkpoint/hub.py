@@ -1,34 +1,29 @@
 """From a reference to a folder on this machine: local paths as they are, Hub ids pinned to a commit.
 
 A branch or tag is resolved once to a 40-hex commit and everything is fetched at that commit, so a
-branch that moves during a run changes nothing. Environment variables of huggingface_hub (HF_TOKEN,
-HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, ...) mean what they mean there.
+branch that moves during a run changes nothing. Only what is read later is fetched: configs, the
+tokenizer, templates, the card and one set of safetensors weights. The environment variables of
+huggingface_hub (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, ...) mean what they mean there.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from realign.checkpoint.reference import Reference
+from realign.checkpoint.sidecars import TEMPLATE_FOLDER, travels
 from realign.errors import CheckpointError, NotFoundError
-from realign.progress import SILENT, Progress
-
-FETCH = (
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.py",
-    "*.md",
-    "LICENSE*",
-)
-"""What a checkpoint needs. Python files are copied with it and never executed."""
+from realign.progress import SILENT, Progress, Task
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SMALL = frozenset((".json", ".jinja", ".model", ".txt", ".py", ".md", ".tiktoken", ""))
+_TRUE = frozenset(("1", "ON", "YES", "TRUE"))
 
 
 @dataclass(frozen=True)
@@ -43,9 +38,8 @@ class Resolved:
 
 def is_offline(offline: bool) -> bool:
     """Whether the network is ruled out by argument or environment."""
-    wanted = {"1", "ON", "YES", "TRUE"}
     return offline or any(
-        os.environ.get(name, "").upper() in wanted
+        os.environ.get(name, "").upper() in _TRUE
         for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     )
 
@@ -55,24 +49,184 @@ def resolve(
 ) -> Resolved:
     """Find the folder of a reference, downloading it where it is a Hub id.
 
+    Args:
+        reference: what to find.
+        offline: answer from the local cache only.
+        progress: shows the download in bytes.
+
     Raises:
         NotFoundError: nothing is there, access is denied, or the Hub cannot be reached.
-        CheckpointError: the path is a file.
+        CheckpointError: the path is a file, or the repository holds no weights that can be read.
     """
     if reference.is_local:
-        folder = Path(reference.model).expanduser().resolve()
+        folder = Path(reference.model).expanduser()
         if not folder.is_dir():
             raise CheckpointError(
-                f"{reference.text} is a file, not a model folder", "give the folder that holds it"
+                f"{reference.text} is a file, not a model folder", _advice(folder)
             )
         return Resolved(folder, None, reference.text)
-    return _fetch(reference, offline=is_offline(offline), progress=progress)
+    at = f"{reference.model}@{reference.revision}" if reference.revision else reference.model
+    try:
+        found = (_from_cache if is_offline(offline) else _download)(reference, progress)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # The client's transport errors are no public names of it, so they cannot be listed here.
+        raise _explain(error, reference, at) from error
+    folder = found / reference.subfolder if reference.subfolder else found
+    if not folder.is_dir():
+        raise NotFoundError(f"{at} has no folder {reference.subfolder}", "check the subfolder")
+    # The name of a snapshot folder is its commit: this is how an offline run learns it.
+    return Resolved(folder, found.name, reference.text)
 
 
-def _fetch(reference: Reference, *, offline: bool, progress: Progress) -> Resolved:
+def _advice(path: Path) -> str:
+    if path.suffix == ".gguf":
+        return "GGUF is quantised: use the original checkpoint, and convert after the repair"
+    if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
+        return "realign never unpickles: give a folder with safetensors weights"
+    return f"give the folder that holds it: {path.parent}"
+
+
+def cache_folder() -> str | None:
+    """The client's cache, as the environment says now; None for its default."""
+    # Looked up now and not when the client was imported.
+    if folder := os.environ.get("HF_HUB_CACHE"):
+        return folder
+    home = os.environ.get("HF_HOME")
+    return str(Path(home).expanduser() / "hub") if home else None
+
+
+def _from_cache(reference: Reference, progress: Progress) -> Path:
+    from huggingface_hub import snapshot_download
+
+    # One file that every checkpoint has: which others are missing is found when they are read.
+    name = f"{reference.subfolder}/*config.json" if reference.subfolder else "*config.json"
+    return Path(
+        snapshot_download(
+            reference.model,
+            revision=reference.revision,
+            cache_dir=cache_folder(),
+            allow_patterns=[name],
+            local_files_only=True,
+        )
+    )
+
+
+def _download(reference: Reference, progress: Progress) -> Path:
     # Imported here: the client pulls in an HTTP stack that local folders never need.
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download
+
+    endpoint, cache = os.environ.get("HF_ENDPOINT") or None, cache_folder()
+    info = HfApi(endpoint=endpoint, library_name="realign").model_info(
+        reference.model, revision=reference.revision, files_metadata=True
+    )
+    commit = info.sha
+    assert commit is not None and _COMMIT.fullmatch(commit), commit
+    sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
+    wanted = wanted_files(sizes, reference.subfolder)
+    if not wanted.weights:
+        raise CheckpointError(*_no_weights(reference, sizes))
+    progress.note(f"{reference.text}: commit {commit}")
+    with progress.task(
+        f"fetch {reference.model}", total=sum(sizes[name] for name in wanted.all), unit="B"
+    ) as task:
+        places = [
+            Path(
+                hf_hub_download(
+                    reference.model,
+                    name,
+                    revision=commit,
+                    cache_dir=cache,
+                    endpoint=endpoint,
+                    library_name="realign",
+                    tqdm_class=_bar(task),
+                )
+            )
+            for name in wanted.all
+        ]
+    # Every file lies in the snapshot under its own relative name.
+    return places[0].parents[len(PurePosixPath(wanted.all[0]).parts) - 1]
+
+
+def _bar(task: Task) -> Any:
+    """A stand-in for the client's progress bar that reports to ours."""
+
+    class Bar:
+        def __init__(self, *_: Any, initial: float = 0, **__: Any) -> None:
+            self.update(initial)
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> None:
+            task.advance(n or 0)
+
+        def __getattr__(self, _: str) -> Any:
+            return lambda *_, **__: None
+
+    return Bar
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The files of a repository that are fetched."""
+
+    weights: tuple[str, ...]
+    others: tuple[str, ...]
+
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Small files first: what is refused by its config is refused before the weights come."""
+        return (*self.others, *self.weights)
+
+
+def wanted_files(names: Iterable[str], subfolder: str | None = None) -> Wanted:
+    """Choose from a repository's files: one set of weights, as a loader does, and the small files."""
+    prefix = f"{subfolder}/" if subfolder else ""
+    here = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
+    small = [
+        name
+        for short, name in here.items()
+        if _is_small(PurePosixPath(short)) or short in {"adapter_config.json"}
+    ]
+    if "model.safetensors" in here:
+        weights = ["model.safetensors"]
+    elif "model.safetensors.index.json" in here:
+        small.append(here["model.safetensors.index.json"])
+        weights = [short for short in here if _SHARD.fullmatch(short)]
+    else:
+        weights = [short for short in here if short == "adapter_model.safetensors"]
+    return Wanted(tuple(sorted(here[short] for short in weights)), tuple(sorted(small)))
+
+
+def _is_small(path: PurePosixPath) -> bool:
+    in_place = len(path.parts) == 1 or path.parts[0] == TEMPLATE_FOLDER
+    return in_place and travels(path.name) and path.suffix.lower() in _SMALL
+
+
+def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:
+    suffixes = {PurePosixPath(name).suffix for name in names}
+    if ".gguf" in suffixes:
+        return (
+            f"{reference.text} holds GGUF weights, which are quantised",
+            "use the original repository in safetensors (see base_model on its card)",
+        )
+    if suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
+        return (
+            f"{reference.text} holds only pickle weights; realign never unpickles",
+            "look for a safetensors revision (such as refs/pr/1), or convert it in an isolated "
+            "environment",
+        )
+    return f"{reference.text} holds no safetensors weights", "check the id and the subfolder"
+
+
+def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError:
     from huggingface_hub.errors import (
+        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
@@ -82,55 +236,46 @@ def _fetch(reference: Reference, *, offline: bool, progress: Progress) -> Resolv
     )
 
     name, revision = reference.model, reference.revision
-    at = f"{name}@{revision}" if revision else name
-    try:
-        commit = revision
-        if not offline and not _COMMIT.fullmatch(revision or ""):
-            commit = HfApi().model_info(name, revision=revision).sha
-        progress.note(f"{at}: {'from the local cache' if offline else f'commit {commit}'}")
-        folder = Path(
-            snapshot_download(
-                name,
-                revision=commit,
-                allow_patterns=list(FETCH),
-                local_files_only=offline,
-                library_name="realign",
-            )
-        )
-    except GatedRepoError:
-        raise NotFoundError(
+    if isinstance(error, GatedRepoError):
+        return NotFoundError(
             f"{at} is gated and this token has no access",
             f"request access on the page of {name} and set HF_TOKEN",
-        ) from None
-    except RevisionNotFoundError:
-        raise NotFoundError(
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return NotFoundError(
             f"{name} has no revision {revision}", "check the branch, tag or commit"
-        ) from None
-    except RepositoryNotFoundError:
-        raise NotFoundError(
-            f"there is no folder {name} here and no model {name} on the Hub",
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return NotFoundError(
+            f"there is no folder {name} here and no model {name} on the Hub that you can see",
             "check the spelling; for a private model set HF_TOKEN",
-        ) from None
-    except (LocalEntryNotFoundError, FileNotFoundError):
-        raise NotFoundError(
-            f"{at} is not in the local cache and cannot be fetched from here",
-            f"with a network, run: hf download {name}"
-            + (f" --revision {revision}" if revision else ""),
-        ) from None
-    except HFValidationError as error:
-        raise NotFoundError(f"{at} is no valid Hub id: {error}", "use org/name") from None
-    except HfHubHTTPError as error:
-        raise NotFoundError(
-            f"the Hub answered with an error for {at}: {_first_line(error)}",
-            "try again later, or download the model and give its folder",
-        ) from None
-    except OSError as error:
-        raise NotFoundError(
-            f"the Hub cannot be reached for {at}: {_first_line(error)}",
-            "check the network, or download the model elsewhere and give its folder",
-        ) from None
-    # The name of a snapshot folder is its commit: this is how an offline run learns it.
-    return Resolved(folder, folder.name if _COMMIT.fullmatch(folder.name) else commit, at)
+        )
+    if isinstance(error, LocalEntryNotFoundError):
+        fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        return NotFoundError(
+            f"{at} is not in the local cache, and no network may be used",
+            f"with a network, run: {fetch}",
+        )
+    if isinstance(error, EntryNotFoundError):
+        return NotFoundError(f"{at}: {_first_line(error)}", "check the id and the revision")
+    if isinstance(error, HFValidationError):
+        return NotFoundError(f"{at} is no valid Hub id: {_first_line(error)}", "use org/name")
+    if isinstance(error, HfHubHTTPError):
+        code = error.response.status_code
+        if code in {401, 403}:
+            return NotFoundError(
+                f"access to {at} is denied (HTTP {code})",
+                f"set HF_TOKEN to a token that may read {name}",
+            )
+        return NotFoundError(
+            f"the Hub answered HTTP {code} for {at}: {_first_line(error)}",
+            "try again later, or download the model elsewhere and give its folder",
+        )
+    return NotFoundError(
+        f"the Hub cannot be reached for {at}: {_first_line(error)}",
+        "check the network, or download the model elsewhere and give its folder; what is in the "
+        "local cache can be used with HF_HUB_OFFLINE=1",
+    )
 
 
 def _first_line(error: Exception) -> str:

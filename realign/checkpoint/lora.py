@@ -100,7 +100,9 @@ def parse_lora_config(folder: Path, config: Mapping[str, Any]) -> LoraConfig:
             rank=int(config["r"]),
             alpha=float(config["lora_alpha"]),
             rank_pattern={str(k): int(v) for k, v in (config.get("rank_pattern") or {}).items()},
-            alpha_pattern={str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()},
+            alpha_pattern={
+                str(k): float(v) for k, v in (config.get("alpha_pattern") or {}).items()
+            },
             rank_stabilised=bool(config.get("use_rslora")),
             dora=bool(config.get("use_dora")),
             fan_in_fan_out=bool(config.get("fan_in_fan_out")),

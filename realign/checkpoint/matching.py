@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
 
 from realign.checkpoint.headers import FLOATS, TensorInfo
 from realign.checkpoint.names import (
@@ -16,6 +19,11 @@ from realign.checkpoint.names import (
     Slot,
     TensorRole,
     classify,
+    find_embedding,
+    find_head,
+    fusion_remark,
+    is_tied,
+    role_of,
     slots_of,
     text_config,
 )
@@ -40,11 +48,20 @@ Scope = Literal["block_linear", "matrices", "all"]
 _IN_SCOPE: Mapping[Scope, frozenset[Kind]] = {
     "block_linear": frozenset({"block_linear"}),
     "matrices": frozenset({"block_linear", "embedding", "head"}),
-    "all": frozenset({"block_linear", "embedding", "head", "norm", "bias", "other"}),
+    "all": frozenset({"block_linear", "embedding", "head", "norm", "bias"}),
 }
-
-_ARCHITECTURE_KEYS = ("model_type", "hidden_size", "num_hidden_layers", "n_embd", "n_layer")
+_NEVER: Mapping[Kind, str] = {
+    "router": "a router is never edited",
+    "buffer": "a buffer is never edited",
+    "other": "neither a linear layer, an embedding, a norm nor a bias",
+}
+_ARCHITECTURE_KEYS = (
+    "model_type", "hidden_size", "num_hidden_layers", "n_embd", "n_layer", "num_experts",
+    "num_local_experts",
+)  # fmt: skip
+_VOCABULARY_MODULES = frozenset({"lm_head", "embed_out", "output_layer"})
 _PROBE_BYTES = 65536
+_COMPARE_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -56,7 +73,7 @@ class TensorPair:
     reason: str
     """Always set, for people: "in scope block_linear", "outside scope block_linear", ..."""
     slots: tuple[Slot, ...]
-    """The logical matrices of an edited 2-D tensor; empty for a copied one."""
+    """The logical matrices of an edited tensor; empty for a copied one."""
     common_rows: int | None
     """Rows that all checkpoints share where the vocabulary was extended; None: all of them."""
 
@@ -69,9 +86,7 @@ class Matching:
     notes: tuple[str, ...]
 
 
-def match(
-    finetuned: Checkpoint, others: Mapping[str, Checkpoint], *, scope: Scope
-) -> Matching:
+def match(finetuned: Checkpoint, others: Mapping[str, Checkpoint], *, scope: Scope) -> Matching:
     """Pair the fine-tune with the checkpoints that a method reads.
 
     Args:
@@ -86,11 +101,12 @@ def match(
     """
     if scope not in get_args(Scope):
         raise UsageError(f"scope {scope!r} is unknown", f"use one of {', '.join(get_args(Scope))}")
-    notes: list[str] = []
-    for role, other in others.items():
-        _check_architecture(finetuned, role, other)
-        _check_missing(finetuned, role, other, scope)
-        notes += _dtype_notes(finetuned, role, other)
+    notes = [*finetuned.remarks]
+    for label, other in others.items():
+        notes += other.remarks
+        _check_architecture(finetuned, label, other)
+        _check_names(finetuned, label, other)
+        notes += _dtype_notes(finetuned, label, other)
     roles = classify(finetuned)
     pairs = tuple(_pair(finetuned, roles[name], others, scope, notes) for name in roles)
     return Matching(pairs, tuple(dict.fromkeys(notes)))
@@ -106,40 +122,59 @@ def _pair(
     def copy(reason: str) -> TensorPair:
         return TensorPair(role, "copy", reason, (), None)
 
-    if role.kind in {"router", "buffer"}:
-        return copy(f"a {role.kind} is never edited")
+    if role.kind == "buffer":
+        return copy(_NEVER["buffer"])
+    common, absent = _common_rows(finetuned, role, others)
+    if role.kind in _NEVER:
+        return copy(_NEVER[role.kind])
     if role.kind not in _IN_SCOPE[scope]:
-        if role.kind == "other" and len(finetuned.tensors[role.name].shape) > 2:
-            return copy("not a matrix: tensors of three and more dimensions are not edited")
-        return copy(f"{role.kind.replace('_', ' ')}, outside scope {scope}")
-    info = finetuned.tensors[role.name]
-    common: int | None = None
-    for label, other in others.items():
-        there = other.tensors.get(role.name)
-        if there is None:
-            # _check_missing has refused block tensors: only vocabulary-side tensors remain.
-            return copy(f"not in the {label} model")
-        rows = _common_rows(finetuned, role, info, label, other, there)
-        if rows is not None:
-            common = rows if common is None else min(common, rows)
+        return copy(f"outside scope {scope}: {_KIND_WORDS[role.kind]}")
+    if absent is not None:
+        return copy(f"the {absent} model ties its output head and stores none")
     if common is not None:
         notes.append(
             f"{role.name}: rows from {common} on are not in every checkpoint and are copied"
         )
-    slots = slots_of(finetuned, role.name) if len(info.shape) == 2 else ()
-    return TensorPair(role, "edit", _edit_reason(finetuned, role, scope), slots, common)
+    slots = slots_of(finetuned, role.name)
+    reason = [f"in scope {scope}", fusion_remark(role, slots)]
+    if role.kind == "embedding" and is_tied(finetuned.config) and _is_input(finetuned, role):
+        reason.append("tied to the output head, which changes with it")
+    return TensorPair(role, "edit", "; ".join(part for part in reason if part), slots, common)
 
 
-def _edit_reason(finetuned: Checkpoint, role: TensorRole, scope: Scope) -> str:
-    tied = text_config(finetuned.config).get("tie_word_embeddings", False)
-    if role.kind == "head" and tied:
-        return "stored copy of the tied embeddings, edited as they are"
-    if role.kind == "embedding" and tied:
-        return f"in scope {scope}; tied to the output head"
-    return f"in scope {scope}"
+_KIND_WORDS: Mapping[Kind, str] = {
+    "block_linear": "a linear layer of a decoder block",
+    "embedding": "an embedding",
+    "head": "the output head",
+    "norm": "a norm",
+    "bias": "a bias",
+}
+
+
+def _is_input(finetuned: Checkpoint, role: TensorRole) -> bool:
+    return role.name == find_embedding(finetuned.tensors) and not find_head(finetuned.tensors)
 
 
 def _common_rows(
+    finetuned: Checkpoint, role: TensorRole, others: Mapping[str, Checkpoint]
+) -> tuple[int | None, str | None]:
+    """The rows that all checkpoints share where they differ, and who does not store the tensor."""
+    info = finetuned.tensors[role.name]
+    common: int | None = None
+    absent: str | None = None
+    for label, other in others.items():
+        there = other.tensors.get(role.name)
+        if there is None:
+            assert role.kind == "head", role.name  # `_check_names` has refused all others
+            absent = label
+            continue
+        rows = _shared_rows(finetuned, role, info, label, other, there)
+        if rows is not None:
+            common = rows if common is None else min(common, rows)
+    return (common if common is not None and common < info.shape[0] else None), absent
+
+
+def _shared_rows(
     finetuned: Checkpoint,
     role: TensorRole,
     info: TensorInfo,
@@ -155,11 +190,8 @@ def _common_rows(
         )
     if info.shape == there.shape:
         return None
-    if (
-        role.kind in {"embedding", "head"}
-        and len(info.shape) == len(there.shape)
-        and info.shape[1:] == there.shape[1:]
-    ):
+    by_vocabulary = role.kind in {"embedding", "head"} or role.module in _VOCABULARY_MODULES
+    if by_vocabulary and info.shape and info.shape[1:] == there.shape[1:]:
         return min(info.shape[0], there.shape[0])
     raise MismatchError(
         f"{role.name} has shape {list(info.shape)} in {finetuned.source} but {list(there.shape)} "
@@ -168,41 +200,59 @@ def _common_rows(
     )
 
 
-def _check_architecture(finetuned: Checkpoint, role: str, other: Checkpoint) -> None:
+def _check_architecture(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
     ours, theirs = text_config(finetuned.config), text_config(other.config)
     for key in _ARCHITECTURE_KEYS:
         mine, yours = ours.get(key), theirs.get(key)
         if mine is not None and yours is not None and mine != yours:
             raise MismatchError(
-                f"{finetuned.source} has {key} = {mine!r}, the {role} model {other.source} has "
+                f"{finetuned.source} has {key} = {mine!r}, the {label} model {other.source} has "
                 f"{yours!r}: they are different architectures",
-                f"is {other.source} really the {role} model of this fine-tune?",
+                f"is {other.source} really the {label} model of this fine-tune?",
             )
 
 
-def _check_missing(finetuned: Checkpoint, role: str, other: Checkpoint, scope: Scope) -> None:
-    def required(checkpoint: Checkpoint) -> set[str]:
-        return {
-            name
-            for name, tensor in classify(checkpoint).items()
-            if tensor.kind in _IN_SCOPE[scope] and tensor.layer is not None
-        }
-
-    ours, theirs = required(finetuned), required(other)
-    if ours == theirs:
+def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
+    """Both sides must store the same tensors, but for buffers and a head that one of them ties."""
+    ours, theirs = _required(finetuned), _required(other)
+    for checkpoint, names in ((finetuned, theirs), (other, ours)):
+        if is_tied(checkpoint.config) and not find_head(checkpoint.tensors):
+            names -= {name for name in names if role_kind(name) == "head"}
+    here, there = sorted(ours - theirs), sorted(theirs - ours)
+    here = [name for name in here if name not in other.tensors]
+    there = [name for name in there if name not in finetuned.tensors]
+    if not here and not there:
         return
-    here = sorted(ours - set(other.tensors))
-    there = sorted(theirs - set(finetuned.tensors))
     parts: list[str] = []
     if here:
         parts.append(f"{len(here)} only in {finetuned.source} (first: {here[0]})")
     if there:
-        parts.append(f"{len(there)} only in the {role} model {other.source} (first: {there[0]})")
-    if parts:
-        raise MismatchError(
-            "the tensors do not pair by name: " + "; ".join(parts),
-            "the checkpoints must come from the same architecture and be saved the same way",
-        )
+        parts.append(f"{len(there)} only in the {label} model {other.source} (first: {there[0]})")
+    prefix = _prefix_between(ours, theirs)
+    raise MismatchError(
+        "the tensors do not pair by name: " + "; ".join(parts),
+        f"the names differ by the prefix {prefix!r} alone: load both with the same class of "
+        "transformers and save them again"
+        if prefix
+        else "the checkpoints must come from the same architecture and be saved the same way",
+    )
+
+
+def _required(checkpoint: Checkpoint) -> set[str]:
+    return {name for name, role in classify(checkpoint).items() if role.kind != "buffer"}
+
+
+def role_kind(name: str) -> Kind:
+    """The kind of a two-dimensional floating-point tensor of this name."""
+    return role_of(TensorInfo(name, "F32", (1, 1), Path(), 0, 4)).kind
+
+
+def _prefix_between(ours: set[str], theirs: set[str]) -> str:
+    for prefix in ("model.", "transformer.", "language_model.", "model.language_model."):
+        for one, two in ((ours, theirs), (theirs, ours)):
+            if {name.removeprefix(prefix) for name in one} == {n.removeprefix(prefix) for n in two}:
+                return prefix
+    return ""
 
 
 def _dtype_notes(finetuned: Checkpoint, role: str, other: Checkpoint) -> list[str]:
@@ -226,7 +276,7 @@ def same_weights(a: Checkpoint, b: Checkpoint) -> bool:
     each tensor are compared, which almost always tells two models apart; only when all of them agree
     are whole tensors read.
     """
-    if a.weight_files and _identities(a) == _identities(b):
+    if _identities(a) == _identities(b):
         return True
     if _signature(a) != _signature(b):
         return False
@@ -239,7 +289,7 @@ def _identities(checkpoint: Checkpoint) -> list[tuple[int, int]]:
     return sorted((stat.st_dev, stat.st_ino) for stat in stats)
 
 
-def _signature(checkpoint: Checkpoint) -> dict[str, tuple[Any, ...]]:
+def _signature(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {name: (info.dtype, info.shape) for name, info in checkpoint.tensors.items()}
 
 
@@ -252,12 +302,17 @@ def _same_start(a: Checkpoint, b: Checkpoint, name: str) -> bool:
 
 
 def _same_tensor(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    return _bytes_equal(a, b, name, None)
+    info = a.tensors[name]
+    if not info.shape:
+        return _bytes_equal(a, b, name, None)
+    step = max(1, _COMPARE_BYTES * info.shape[0] // max(1, info.nbytes))
+    return all(
+        _bytes_equal(a, b, name, (start, min(start + step, info.shape[0])))
+        for start in range(0, info.shape[0], step)
+    )
 
 
 def _bytes_equal(a: Checkpoint, b: Checkpoint, name: str, rows: tuple[int, int] | None) -> bool:
-    import torch
-
     one, two = a.read(name, rows).reshape(-1), b.read(name, rows).reshape(-1)
     # Compared as bytes: a NaN differs from itself as a number.
     return torch.equal(one.view(torch.uint8), two.view(torch.uint8))

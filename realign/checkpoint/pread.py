@@ -7,15 +7,19 @@ while it is streamed; a buffer is freed as soon as its tensor is.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from threading import Lock
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from realign.checkpoint.headers import TensorInfo
 from realign.errors import HeaderError
+
+_CHUNK = 8 * 2**20
 
 
 class TensorFiles:
@@ -40,8 +44,26 @@ class TensorFiles:
             offset, nbytes = offset + start * row_bytes, (stop - start) * row_bytes
         out = torch.empty(prod(shape), dtype=info.torch_dtype)
         if nbytes:
-            self._fill(info, memoryview(out.view(torch.uint8).numpy()), offset)
+            self._fill(info, memoryview(cast(Any, out.view(torch.uint8).numpy())), offset)
         return out.reshape(shape)
+
+    def chunks(self, info: TensorInfo) -> Iterator[Tensor]:
+        """The tensor in pieces of its rows, flat, of about 8 MiB each."""
+        rows = info.shape[0] if info.shape else 1
+        step = max(1, _CHUNK * rows // max(1, info.nbytes))
+        for start in range(0, rows, step):
+            part = (start, min(start + step, rows)) if info.shape else None
+            yield self.read(info, part).reshape(-1)
+
+    def same(self, one: TensorInfo, two: TensorInfo) -> bool:
+        """Whether two tensors agree in type, shape and every byte."""
+        if (one.dtype, one.shape) != (two.dtype, two.shape):
+            return False
+        # As bytes: a NaN differs from itself as a number.
+        return all(
+            torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+            for left, right in zip(self.chunks(one), self.chunks(two), strict=True)
+        )
 
     def _fill(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
         handle = self._handle(info.file)

@@ -17,12 +17,14 @@ from typing import Any, Literal, Self, cast
 
 from torch import Tensor
 
-from realign.checkpoint.headers import TensorInfo, read_tensors
+from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.hub import resolve
 from realign.checkpoint.manifest import sha256_file
+from realign.checkpoint.names import find_embedding, find_head, is_tied
 from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reference import parse_reference
 from realign.checkpoint.sidecars import folder_sidecars
+from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE, read_tensors, why_no_weights
 from realign.errors import CheckpointError, NotFoundError
 from realign.progress import SILENT, Progress
 
@@ -45,6 +47,8 @@ class Checkpoint(ABC):
     """Effective tensors: an adapter shows its base's names, merged."""
     weight_files: tuple[Path, ...]
     """Every file whose bytes decide the weights."""
+    remarks: tuple[str, ...] = ()
+    """What is unusual without being wrong; worth a line in a plan."""
 
     @abstractmethod
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
@@ -92,10 +96,26 @@ class FolderCheckpoint(Checkpoint):
         self.source, self.folder, self.commit, self.kind = source, folder, commit, "full"
         self.config = read_config(folder)
         _refuse_quantised(folder, self.config)
-        files, self.tensors = read_tensors(folder)
-        self.weight_files = files.files
+        weights, tensors = read_tensors(folder, self.config)
+        self.weight_files, self.remarks = weights.files, weights.remarks
         self._files = TensorFiles()
+        self.tensors = MappingProxyType(self._without_tied_copy(dict(tensors)))
         self._hashes: Mapping[str, str] | None = None
+
+    def _without_tied_copy(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Drop a stored head that only repeats the embeddings it is tied to.
+
+        Loaders tie it again. Left in, it would have to be edited in step with the embeddings.
+        """
+        embedding, head = find_embedding(tensors), find_head(tensors)
+        if embedding is None or head is None or not is_tied(self.config):
+            return tensors
+        if self._files.same(tensors[embedding], tensors[head]):
+            self.remarks += (f"{head} repeats {embedding}, to which it is tied: left out",)
+            del tensors[head]
+        else:
+            self.remarks += (f"{head} differs from {embedding} although the config ties them",)
+        return tensors
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """See `Checkpoint.read`."""
@@ -140,6 +160,8 @@ def read_config(folder: Path) -> Mapping[str, Any]:
     """
     path = folder / "config.json"
     if not path.is_file():
+        if not any(folder.glob("*.safetensors")):
+            raise NotFoundError(*why_no_weights(folder))
         raise NotFoundError(
             f"{folder} is no model folder: it has no config.json",
             "give the folder that holds config.json and the weights",
@@ -155,7 +177,11 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
     """
     try:
         value = json.loads(path.read_text("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror or error}", "check the file and its rights"
+        ) from error
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}", "restore the file") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object", "restore the file")
@@ -163,17 +189,17 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
 
 
 def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
-    quantisation = config.get("quantization_config")
-    if quantisation:
-        method = (
-            cast(dict[str, Any], quantisation).get("quant_method", "unknown")
-            if isinstance(quantisation, dict)
-            else "unknown"
-        )
-        raise CheckpointError(
-            f"{folder} is quantised (quant_method {method}); its weights cannot be edited",
-            "repair the unquantised checkpoint and quantise the result",
-        )
+    nested = config.get("text_config")
+    for each in (config, cast(Any, nested) if isinstance(nested, Mapping) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            found = each.get(key)
+            if found:
+                method = found.get("quant_method", key) if isinstance(found, Mapping) else key
+                raise CheckpointError(
+                    f"{folder} is quantised ({method}); its weights cannot be edited",
+                    "use the unquantised checkpoint (float32, float16 or bfloat16), and quantise "
+                    "the repaired one",
+                )
 
 
 def open_checkpoint(
@@ -208,6 +234,7 @@ def open_checkpoint(
         )
     resolved = resolve(reference, offline=offline, progress=progress)
     if (resolved.folder / ADAPTER_CONFIG).is_file():
+        _refuse_both(resolved.folder)
         return open_adapter(
             resolved.folder,
             source=reference.text,
@@ -217,3 +244,11 @@ def open_checkpoint(
             progress=progress,
         )
     return FolderCheckpoint(resolved.folder, source=reference.text, commit=resolved.commit)
+
+
+def _refuse_both(folder: Path) -> None:
+    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        raise CheckpointError(
+            f"{folder} holds a whole model and an adapter: loaders disagree on what it is",
+            f"move {ADAPTER_CONFIG} and the adapter's weights into a folder of their own",
+        )

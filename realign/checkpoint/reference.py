@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from realign.errors import NotFoundError, UsageError
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
+_HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
+# A revision may hold slashes only as the Hub's own refs; what else follows a slash is a subfolder.
+_REVISION = re.compile(r"(?P<revision>refs/(?:pr|convert)/[^/@]+|[^/@]+)(?:/(?P<sub>.+))?")
+_HUB = "hf://"
 
 
 @dataclass(frozen=True)
 class Reference:
     """One checkpoint as the user names it.
 
-    Accepted: a folder; `org/name`; `org/name@revision`; `hf://org/name@revision`; and
+    Accepted: a folder; `org/name`; `org/name@revision`; `hf://org/name@revision/subfolder`; and
     `MODEL+ADAPTER`, where both sides are one of these.
     """
 
@@ -29,6 +33,8 @@ class Reference:
     adapter: str | None
     """The right-hand side of MODEL+ADAPTER, not yet parsed."""
     is_local: bool
+    subfolder: str | None = None
+    """A folder inside a Hub repository."""
 
 
 def parse_reference(text: str | Path) -> Reference:
@@ -36,41 +42,96 @@ def parse_reference(text: str | Path) -> Reference:
 
     Raises:
         UsageError: the text is empty.
-        NotFoundError: it is neither an existing folder nor of the form of a Hub id.
+        NotFoundError: it is neither an existing path nor of the form of a Hub id; the hint names
+            what is spelled alike.
     """
     written = str(text)
     if not written.strip():
         raise UsageError("an empty checkpoint name", "give a folder or a Hub id")
-    if Path(written).expanduser().exists():
+    if _exists(written):
         return Reference(written, written, None, None, True)
+    pair = _split_adapter(written)
+    if pair is not None:
+        model = parse_reference(pair[0])
+        return Reference(
+            written, model.model, model.revision, pair[1], model.is_local, model.subfolder
+        )
+    found = _parse_hub(written)
+    if found is None or _looks_mistyped(written):
+        raise NotFoundError(f"{written} does not exist", _suggestion(written))
+    return found
+
+
+def _exists(text: str) -> bool:
+    if text.startswith(_HUB):
+        return False
+    try:
+        return Path(text).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a null byte, an unknown ~user
+        return False
+
+
+def _split_adapter(written: str) -> tuple[str, str] | None:
+    """The two sides of MODEL+ADAPTER, where both can be read; a path may hold a plus of its own."""
     for position in (i for i, letter in enumerate(written) if letter == "+"):
         left, right = written[:position], written[position + 1 :]
-        if left and right and _looks_real(left) and _looks_real(right):
-            model = parse_reference(left)
-            return Reference(written, model.model, model.revision, right, model.is_local)
-    plain = written.removeprefix("hf://")
-    model, _, revision = plain.partition("@")
-    if _is_hub_id(model) and not written.startswith((".", "/", "~")):
-        return Reference(written, model, revision or None, None, False)
-    raise NotFoundError(f"{written} does not exist", _suggestion(Path(written).expanduser()))
+        sides = [_exists(side) or _parse_hub(side) is not None for side in (left, right)]
+        if all(sides):
+            return left, right
+        if any(sides) and left and right:
+            missing = right if sides[0] else left
+            raise NotFoundError(f"{missing} does not exist", _suggestion(missing))
+    return None
 
 
-def _looks_real(text: str) -> bool:
-    plain = text.removeprefix("hf://").partition("@")[0]
-    return Path(text).expanduser().exists() or _is_hub_id(plain)
+def _parse_hub(written: str) -> Reference | None:
+    if written.startswith((".", "/", "~")):
+        return None
+    plain = written.removeprefix(_HUB)
+    model, at, rest = plain.partition("@")
+    subfolder: str | None = None
+    if not at and written.startswith(_HUB):
+        model, subfolder = "/".join(model.split("/")[:2]), "/".join(model.split("/")[2:]) or None
+    if not _HUB_ID.fullmatch(model) or ".." in model or "--" in model:
+        return None
+    if not at:
+        return Reference(written, model, None, None, False, subfolder)
+    found = _REVISION.fullmatch(rest)
+    if found is None or ".." in rest:
+        return None
+    return Reference(written, model, found["revision"], None, False, found["sub"])
 
 
-def _is_hub_id(text: str) -> bool:
-    return bool(_HUB_ID.fullmatch(text)) and "/" in text and ".." not in text and "--" not in text
+def _looks_mistyped(written: str) -> bool:
+    """Whether `folder/nam` more likely means a local `folder/name` than a Hub id."""
+    if written.startswith(_HUB) or "@" in written:
+        return False
+    path = Path(written)
+    return path.parent.is_dir() and bool(_close(path))
 
 
-def _suggestion(path: Path) -> str:
-    from difflib import get_close_matches
+def _close(path: Path) -> list[str]:
+    try:
+        names = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    except OSError:
+        return []
+    return get_close_matches(path.name, names, n=3, cutoff=0.6)
 
-    parent = path.parent
-    if parent.is_dir():
-        close = get_close_matches(path.name, [p.name for p in parent.iterdir()], n=1, cutoff=0.6)
-        if close:
-            return f"did you mean {parent / close[0]}?"
+
+def _suggestion(written: str) -> str:
+    plain = written.removeprefix(_HUB)
+    if "/" not in plain and "\\" not in plain and not _close(Path(plain)):
         return "give a folder that exists, or a Hub id of the form org/name"
-    return f"the folder {parent} does not exist either"
+    try:
+        path = Path(written).expanduser()
+        close = _close(path)
+        parent_exists = path.parent.is_dir()
+    except (OSError, ValueError, RuntimeError):
+        return "give a folder that exists, or a Hub id of the form org/name"
+    if close:
+        known = " or ".join(str(path.parent / name) for name in close)
+        hub = f"; for the Hub, write {_HUB}{plain}" if _HUB_ID.fullmatch(plain) else ""
+        return f"did you mean {known}?{hub}"
+    if parent_exists:
+        return "give a folder that exists, or a Hub id of the form org/name"
+    return f"the folder {path.parent} does not exist either"

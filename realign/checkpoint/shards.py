@@ -131,7 +131,7 @@ class ShardWriter:
         assert rows.shape == spec.shape or rows.shape[1:] == spec.shape[1:], (name, rows.shape)
         assert self._done + rows.nbytes <= spec.nbytes, f"{name}: too many rows"
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        self._put(memoryview(data))
+        self._put(memoryview(cast(Any, data)))
         self._done += rows.nbytes
         if self._done == spec.nbytes:
             self._at, self._done = self._at + 1, 0

@@ -18,9 +18,38 @@ TEMPLATE_FOLDER = "additional_chat_templates"
 
 _FOLDERS = (TEMPLATE_FOLDER, "custom_generate")
 _NEVER_SUFFIXES = frozenset(
-    ".safetensors .bin .pt .pth .ckpt .pkl .pickle .joblib .npy .npz .gguf .ggml .h5 .msgpack .onnx "
-    ".onnx_data .ot .pb .tflite .mlmodel .nemo .llamafile .tar .gz .tgz .zip .7z .sig .lock "
-    ".incomplete".split()
+    [
+        ".safetensors",
+        ".bin",
+        ".pt",
+        ".pth",
+        ".ckpt",
+        ".pkl",
+        ".pickle",
+        ".joblib",
+        ".npy",
+        ".npz",
+        ".gguf",
+        ".ggml",
+        ".h5",
+        ".msgpack",
+        ".onnx",
+        ".onnx_data",
+        ".ot",
+        ".pb",
+        ".tflite",
+        ".mlmodel",
+        ".nemo",
+        ".llamafile",
+        ".tar",
+        ".gz",
+        ".tgz",
+        ".zip",
+        ".7z",
+        ".sig",
+        ".lock",
+        ".incomplete",
+    ]
 )
 _NEVER_NAMES = frozenset(
     (MANIFEST_NAME, "adapter_config.json", "trainer_state.json", "all_results.json",
@@ -36,28 +65,27 @@ _VOCABULARY = frozenset(
 
 def folder_sidecars(folder: Path) -> dict[str, Path]:
     """The files of a model folder that belong to an output, by relative name."""
-    files = [path for path in folder.iterdir() if _travels(path)]
+    files = [path for path in folder.iterdir() if path.is_file() and travels(path.name)]
     for name in _FOLDERS:
         if (folder / name).is_dir():
-            files += [path for path in (folder / name).rglob("*") if _travels(path)]
+            files += [
+                path for path in (folder / name).rglob("*") if path.is_file() and travels(path.name)
+            ]
     return {path.relative_to(folder).as_posix(): path for path in sorted(files)}
 
 
-def _travels(path: Path) -> bool:
-    name = path.name
+def travels(name: str) -> bool:
+    """Whether a file of this name (without folders) belongs to an output."""
     return (
-        path.is_file()
-        and not name.startswith(".")
-        and path.suffix.lower() not in _NEVER_SUFFIXES
+        not name.startswith(".")
+        and Path(name).suffix.lower() not in _NEVER_SUFFIXES
         and not name.endswith(".index.json")
         and not name.startswith("adapter_model")
         and name not in _NEVER_NAMES
     )
 
 
-def adapter_sidecars(
-    base: Mapping[str, Path | bytes], folder: Path
-) -> dict[str, Path | bytes]:
+def adapter_sidecars(base: Mapping[str, Path | bytes], folder: Path) -> dict[str, Path | bytes]:
     """The files beside a merged adapter: the base's, under the adapter's own tokenizer and card.
 
     A tokenizer is taken whole from one side, so that vocabulary and settings never come from two. A

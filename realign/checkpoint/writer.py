@@ -9,7 +9,7 @@ goes on after them. What happens to the partial folder when a run ends early:
     Ctrl-C, a killed run    finished weight files stay for the next run
     another fingerprint     removed by that run when it starts
 
-Here: the folder. Not here: the bytes of a weight file (`shards`), what the manifest says (`manifest`).
+Here: the folder. Not here: the bytes of a weight file (`shards`), the manifest (`manifest`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from realign.checkpoint.headers import INDEX_FILE
 from realign.checkpoint.manifest import dump_json, sha256_file
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.shards import (
@@ -36,10 +35,18 @@ from realign.checkpoint.shards import (
     index_of,
     plan_layout,
 )
+from realign.checkpoint.weights import INDEX_FILE
 from realign.errors import OutputError
 from realign.progress import SILENT, Progress
 
-__all__ = ["OutputFolder", "ShardLayout", "ShardWriter", "TensorSpec", "check_target", "plan_layout"]
+__all__ = [
+    "OutputFolder",
+    "ShardLayout",
+    "ShardWriter",
+    "TensorSpec",
+    "check_target",
+    "plan_layout",
+]
 
 JOURNAL_NAME = "journal.json"
 JOURNAL_SCHEMA = "realign/journal/1"
@@ -230,8 +237,8 @@ class OutputFolder:
         needed, free = self._needed() + _SLACK, shutil.disk_usage(self.partial).free
         if free < needed:
             raise OutputError(
-                f"{self.partial.parent} has {free} bytes free ({free / 1e9:.2f} GB), the output needs "
-                f"{needed} ({needed / 1e9:.2f} GB)",
+                f"{self.partial.parent} has {free} bytes free ({free / 1e9:.2f} GB), the output "
+                f"needs {needed} ({needed / 1e9:.2f} GB)",
                 "free some space, or choose a folder on another disk",
             )
 
@@ -247,7 +254,7 @@ class OutputFolder:
         return cast(Mapping[str, Any], self._finished[layout.filename]["facts"])
 
     @contextmanager
-    def shard(self, layout: ShardLayout) -> Iterator[ShardWriter]:
+    def shard(self, layout: ShardLayout) -> Generator[ShardWriter]:
         """Write one weight file; it counts as finished when the context is left without error.
 
         Raises:
