@@ -96,7 +96,9 @@ class RoleRecords:
     role: Role
     facts: Mapping[str, Any]
     """What settings resolved to: stop ids, template hash, dtype, device, attention."""
-    responses: dict[str, tuple[Response, ...]] = field(default_factory=dict[str, tuple[Response, ...]])
+    responses: dict[str, tuple[Response, ...]] = field(
+        default_factory=dict[str, tuple[Response, ...]]
+    )
     """By suite, in item order."""
     again: dict[str, tuple[Response, ...]] = field(default_factory=dict[str, tuple[Response, ...]])
     """The same with batch size 1, where the noise floor is measured."""
@@ -150,9 +152,7 @@ class Collector:
         if is_reference:
             self._reference_digest = opened.digest
         job = _RoleJob(self._request, self._demand, self._store, opened)
-        trace_needed = is_reference and any(
-            self._kl_missing(follower) for follower in followers
-        )
+        trace_needed = is_reference and any(self._kl_missing(follower) for follower in followers)
         with ExitStack() as stack:
             job.open(stack)
             if not is_reference and self._reference_digest is not None:
@@ -241,8 +241,7 @@ class _RoleJob:
                 )
             )
         self._reused = sum(
-            len(self._present(suite, file.known))
-            for suite, file in self._text_and_score_files()
+            len(self._present(suite, file.known)) for suite, file in self._text_and_score_files()
         )
 
     def open_kl(self, stack: ExitStack, *, reference_digest: str) -> None:
@@ -338,7 +337,8 @@ class _RoleJob:
                 [item.prompt for item in chunk],
                 k=LOGODDS_TOKENS,
                 per_byte=self._demand.per_byte,
-                batch_size=self._request.batch_size,
+                # A few positions each, and no cache that grows: more fit than in generation.
+                batch_size=4 * self._request.batch_size,
                 progress=progress,
             )
             values = scores.values or (None,) * len(chunk)

@@ -36,7 +36,13 @@ from realign.audit.statistics.intervals import ALPHA, Interval
 from realign.audit.statistics.multiplicity import FamilyMember, family_test, holm
 from realign.audit.statistics.paired import tango_interval
 from realign.audit.statistics.resampling import comparison_seed, recovered_fraction
-from realign.audit.statistics.verdicts import Verdict, decide, judges_disagree, verdicts_differ
+from realign.audit.statistics.verdicts import (
+    Verdict,
+    VerdictName,
+    decide,
+    judges_disagree,
+    verdicts_differ,
+)
 from realign.errors import PolicyError, UsageError
 
 # comparison -> (comparator, candidate)
@@ -249,9 +255,7 @@ def _families(
     """
     if policy is None:
         return {}
-    named = {
-        (gate.suite, gate.metric) for gate in policy.gate if isinstance(gate, MarginGate)
-    }
+    named = {(gate.suite, gate.metric) for gate in policy.gate if isinstance(gate, MarginGate)}
     members: dict[ComparisonName, list[int]] = {}
     for index, pairing in enumerate(pairings):
         suite, judge, metric = pairing.key
@@ -293,7 +297,9 @@ def _verdict(
             self_churn=churn,
         )
 
-    each = [put(pairing.evidence[treatment], final=False).verdict for treatment in TREATMENTS]
+    each: list[VerdictName] = [
+        put(pairing.evidence[treatment], final=False).verdict for treatment in TREATMENTS
+    ]
     return put(pairing.headline, final=True, invalid_sensitive=verdicts_differ(each))
 
 

@@ -176,8 +176,7 @@ def _margin(gate: MarginGate, results: Results) -> GateEntry:
     status: GateStatus = "pass"
     words = WORDS[row.verdict]
     message = (
-        f"{words}: upper limit {_amount(observed, scorer)}, "
-        f"margin {_amount(gate.margin, scorer)}"
+        f"{words}: upper limit {_amount(observed, scorer)}, margin {_amount(gate.margin, scorer)}"
     )
     if row.verdict == "drift":
         status = "fail"
@@ -272,7 +271,11 @@ def _max_value(gate: MaxValueGate, policy: Policy, results: Results) -> GateEntr
     identity = scores.instrument.instrument_id
     if interval is None or mean is None:
         return _entry(
-            gate, "inconclusive", "no item has a value", threshold=gate.value, instrument_id=identity
+            gate,
+            "inconclusive",
+            "no item has a value",
+            threshold=gate.value,
+            instrument_id=identity,
         )
     message = f"mean {mean:.4g}, upper limit {interval.high:.4g}, allowed {gate.value:.4g}"
     status: GateStatus = "pass"

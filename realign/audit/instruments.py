@@ -181,9 +181,7 @@ def judges_for(suite: Suite, requested: tuple[str, ...]) -> tuple[str, ...]:
     """
     unknown = [name for name in requested if name not in JUDGE_NAMES]
     if unknown:
-        raise UsageError(
-            f"there is no judge {unknown[0]!r}", f"judges: {', '.join(JUDGE_NAMES)}"
-        )
+        raise UsageError(f"there is no judge {unknown[0]!r}", f"judges: {', '.join(JUDGE_NAMES)}")
     if suite.kind == "task":
         answered = all(item.answer is not None for item in suite.items)
         by_rule = suite.rule is not None and (not requested or "oracle" in requested)
@@ -195,6 +193,4 @@ def judges_for(suite: Suite, requested: tuple[str, ...]) -> tuple[str, ...]:
             f"suite {suite.name} carries no rule, so that oracle cannot judge it",
             "use --judge keyword and --judge logprob, or a laboratory suite",
         )
-    return tuple(
-        name for name in dict.fromkeys(requested) if (name, suite.kind) in METRICS
-    )
+    return tuple(name for name in dict.fromkeys(requested) if (name, suite.kind) in METRICS)

@@ -13,6 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast
 
@@ -192,11 +193,11 @@ def fit_threshold(logodds: Sequence[float], refused: Sequence[bool]) -> Threshol
         return f"the reference {missing}, so that no threshold can be fitted"
     distinct = np.unique(values)
     best: tuple[float, float, float] | None = None
-    for low, high in zip(distinct[:-1], distinct[1:], strict=True):
-        tau = float(low + (high - low) / 2)
+    for low, high in pairwise(distinct.tolist()):
+        tau = low + (high - low) / 2
         sensitivity = float((values[~labels] < tau).mean())
         specificity = float((values[labels] >= tau).mean())
-        candidate = (sensitivity + specificity - 1.0, float(high - low), tau)
+        candidate = (sensitivity + specificity - 1.0, high - low, tau)
         if best is None or candidate[:2] > best[:2]:
             best = candidate
     if best is None or best[0] < MIN_YOUDEN_J:

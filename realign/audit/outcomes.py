@@ -112,7 +112,7 @@ def outcomes_of(
     suite = instrument.suite
     found: list[Outcome] = []
     for metric in METRICS[instrument.judge.name, suite.kind]:
-        columns = {
+        columns: dict[Role, tuple[bool | None, ...]] = {
             role: tuple(
                 None if result.invalid_reason is not None else metric.of(result)
                 for result in judged

@@ -148,7 +148,9 @@ def _check_gates(
         if suite not in kinds or metric in (None, "refusal_logodds", "kl"):
             continue
         possible = {
-            each.name for (_, kind), metrics in METRICS.items() if kind == kinds[suite]
+            each.name
+            for (_, kind), metrics in METRICS.items()
+            if kind == kinds[suite]
             for each in metrics
         }
         if metric not in possible:
@@ -220,7 +222,7 @@ def plan_audit(request: AuditRequest) -> AuditPlan:
     prepared = prepare(request)
     policy = request.policy
     alpha = policy.alpha if policy is not None else ALPHA
-    roles = {
+    roles: dict[Role, str] = {
         role: str(source) if isinstance(source, str | Path) else source.source
         for role, source in request.sources().items()
     }
@@ -299,7 +301,9 @@ def prepare_folder(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{out}: cannot be made ({error.strerror})", "check permissions") from error
+        raise OutputError(
+            f"{out}: cannot be made ({error.strerror})", "check permissions"
+        ) from error
 
 
 def without_contaminated(request: AuditRequest, calibration: tuple[Suite, ...]) -> AuditRequest:

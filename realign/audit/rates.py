@@ -45,7 +45,9 @@ def rate_interval(
     plain = wilson(sum(values), len(values), alpha=alpha)
     if plain is None or not clusters_repeat(clusters):
         return plain
-    whole = bootstrap_interval([float(v) for v in values], seed=seed, clusters=clusters, alpha=alpha)
+    whole = bootstrap_interval(
+        [float(v) for v in values], seed=seed, clusters=clusters, alpha=alpha
+    )
     return hull(whole, plain)
 
 
@@ -71,18 +73,14 @@ def valid_pairs(outcome: Outcome) -> tuple[list[bool], list[str | None]]:
     return [value for value, _ in kept], [cluster for _, cluster in kept]
 
 
-def outcome_interval(
-    outcome: Outcome, *, run_seed: int, alpha: float = ALPHA
-) -> Interval | None:
+def outcome_interval(outcome: Outcome, *, run_seed: int, alpha: float = ALPHA) -> Interval | None:
     """The interval of one model's rate over its valid answers."""
     values, clusters = valid_pairs(outcome)
     seed = comparison_seed(outcome.instrument.instrument_id, outcome.role, run_seed)
     return rate_interval(values, clusters=clusters, seed=seed, alpha=alpha)
 
 
-def rate_entry(
-    outcome: Outcome, *, run_seed: int, reference: Outcome | None = None
-) -> RateEntry:
+def rate_entry(outcome: Outcome, *, run_seed: int, reference: Outcome | None = None) -> RateEntry:
     """One row of `rates`; `reference` is the same metric of the reference, for the flag."""
     values = outcome.valid
     n, bad = len(outcome.values), sum(values)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from realign.checkpoint.reader import Checkpoint
 
+
 @dataclass(frozen=True, kw_only=True)
 class AuditRequest:
     """One audit: the models, the suites, the judges, the policy, and where results go."""

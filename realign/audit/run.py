@@ -13,7 +13,7 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +79,6 @@ from realign.audit.store import RecordStore
 from realign.audit.suites import Suite
 from realign.audit.weights import measure_weights
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
-from realign.errors import CheckpointError
 from realign.model.chat import chat_template
 from realign.model.loading import load_tokenizer
 from realign.progress import SILENT, Progress
@@ -140,9 +139,7 @@ def run_audit(request: AuditRequest, *, progress: Progress = SILENT) -> Report:
 # --- the models ----------------------------------------------------------------------------------
 
 
-def _collect(
-    state: _State, store: RecordStore, stack: ExitStack, *, progress: Progress
-) -> None:
+def _collect(state: _State, store: RecordStore, stack: ExitStack, *, progress: Progress) -> None:
     request = state.prepared.request
     opened, base = _open_all(state, stack, progress=progress)
     demand = _demand(state, opened)
@@ -153,7 +150,10 @@ def _collect(
             state.records[role.role] = records
             state.models[role.role] = _with_facts(state.models[role.role], records)
             state.device = str(records.facts["device"])
-    by_role = {role.role: role.checkpoint for role in opened}
+    by_role: dict[Role, Checkpoint] = {role.role: role.checkpoint for role in opened}
+    subjects: dict[Role, Checkpoint] = {
+        role: found for role, found in by_role.items() if role != "reference"
+    }
     if not request.weights:
         return
     if "reference" not in by_role:
@@ -161,7 +161,7 @@ def _collect(
         return
     state.weights = measure_weights(
         reference=by_role["reference"],
-        subjects={role: found for role, found in by_role.items() if role != "reference"},
+        subjects=subjects,
         base=base,
         progress=progress,
     )
@@ -233,9 +233,7 @@ def _model_entry(checkpoint: Checkpoint, files: Mapping[str, str]) -> ModelEntry
     config = checkpoint.config
     architectures: Any = config.get("architectures")
     dtypes = {info.dtype for info in checkpoint.tensors.values()}
-    sizes = {
-        path.name: path.stat().st_size for path in checkpoint.weight_files if path.is_file()
-    }
+    sizes = {path.name: path.stat().st_size for path in checkpoint.weight_files if path.is_file()}
     return ModelEntry(
         source=str(checkpoint.source),
         revision=checkpoint.commit,
@@ -337,16 +335,19 @@ def _judge_answers(
         generation=state.prepared.request.generation_of(suite),
         judge=JudgeIdentity(name, kind, digest),
     )
-    results = {
+    results: dict[Role, tuple[JudgeResult, ...]] = {
         role: judge_responses(suite, records.responses[suite.name], judge=judge)
         for role, records in state.records.items()
     }
     reference = state.records.get("reference")
     if reference is not None and suite.name in reference.again:
         repeated = judge_responses(suite, reference.again[suite.name], judge=judge)
-        both = {"reference": results["reference"], "subject": repeated}
+        both: dict[Role, tuple[JudgeResult, ...]] = {
+            "reference": results["reference"],
+            "subject": repeated,
+        }
         pairs: dict[str, dict[Role, Outcome]] = {}
-        for outcome in outcomes_of(instrument, both):  # pyright: ignore[reportArgumentType]
+        for outcome in outcomes_of(instrument, both):
             pairs.setdefault(outcome.metric.name, {})[outcome.role] = outcome
         for metric, by_role in pairs.items():
             first, second = by_role["reference"].values, by_role["subject"].values
@@ -751,9 +752,7 @@ def _write_items(state: _State, judged: _Judged) -> ItemsFile:
                             "response_hash": response_hash(answer.text) if answer else None,
                             "role": outcome.role,
                             "score": results[outcome.role][index].score,
-                            "verdict": (
-                                "invalid" if value is None else "bad" if value else "ok"
-                            ),
+                            "verdict": ("invalid" if value is None else "bad" if value else "ok"),
                         }
                     )
                 )

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 
 from realign.errors import OutputError, UsageError
 
@@ -427,7 +427,11 @@ class Weights(_Part):
     line: str = "weight screening: NOT validated"
     validation: dict[str, Any] | None = None
     # `global` is a Python keyword; the file says "global".
-    global_: dict[str, float | None] = Field(default_factory=dict, alias="global")
+    global_: dict[str, float | None] = Field(
+        default_factory=dict[str, float | None],
+        validation_alias=AliasChoices("global", "global_"),
+        serialization_alias="global",
+    )
     per_module: tuple[WeightRow, ...] = ()
     per_layer: tuple[WeightRow, ...] = ()
     unmatched: tuple[str, ...] = ()
@@ -551,7 +555,9 @@ class Report(_Part):
     def to_json(self) -> str:
         """The file's text: sorted keys, no NaN, one newline at the end."""
         plain = self.model_dump(mode="json", by_alias=True)
-        return json.dumps(plain, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        return (
+            json.dumps(plain, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        )
 
 
 def finite(value: float | None) -> float | None:

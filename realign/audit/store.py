@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -111,9 +111,7 @@ class RecordStore:
     def __init__(self, out: Path) -> None:
         self.folder = out / FOLDER
 
-    def file(
-        self, *, role: str, kind: str, suite: str, key: Mapping[str, Any]
-    ) -> RecordFile:
+    def file(self, *, role: str, kind: str, suite: str, key: Mapping[str, Any]) -> RecordFile:
         """The file of one role, kind of record (`text`, `logodds`, ...) and suite.
 
         Raises:
@@ -129,7 +127,7 @@ class RecordStore:
         return RecordFile(self.folder / f"{role}.{kind}.{slug}-{digest}.jsonl", key=key)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> Generator[None]:
         """Keep a second audit out of the folder while this one runs.
 
         Raises:

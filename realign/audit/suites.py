@@ -130,9 +130,7 @@ class Suite:
             self.items, key=lambda item: hashlib.sha256(item.id.encode("utf-8")).digest()
         )
         kept = {item.id for item in ranked[:limit]}
-        return self.without(
-            [item.id for item in self.items if item.id not in kept], reason="limit"
-        )
+        return self.without([item.id for item in self.items if item.id not in kept], reason="limit")
 
     def without(self, ids: Iterable[str], *, reason: str) -> Suite:
         """The suite without some items, which are counted as skipped for `reason`.
@@ -168,7 +166,7 @@ def parse_suite_argument(text: str) -> tuple[SuiteKind | None, str]:
             f"--suite {text}: {head!r} is no kind of suite",
             f"write kind=path with a kind of: {', '.join(SUITE_KINDS)}",
         )
-    return cast(SuiteKind, head), tail
+    return head, tail
 
 
 def load_suite(source: str | Path, *, kind: SuiteKind | None = None) -> Suite:
@@ -282,9 +280,7 @@ def _parse_line(path: Path, number: int, text: str) -> dict[str, Any]:
             f"{path}:{number}: not a JSON object ({error})", "write one JSON object per line"
         ) from None
     if not isinstance(record, dict):
-        raise SuiteError(
-            f"{path}:{number}: not a JSON object", "write one JSON object per line"
-        )
+        raise SuiteError(f"{path}:{number}: not a JSON object", "write one JSON object per line")
     return cast("dict[str, Any]", record)
 
 
@@ -314,7 +310,9 @@ def _check_header(path: Path, number: int, header: Mapping[str, Any]) -> Mapping
     rule = header.get("rule")
     if rule is not None and not (
         isinstance(rule, dict)
-        and all(isinstance(cast("dict[str, Any]", rule).get(key), str) for key in ("name", "sha256"))
+        and all(
+            isinstance(cast("dict[str, Any]", rule).get(key), str) for key in ("name", "sha256")
+        )
     ):
         raise SuiteError(f'{where}: rule must be {{"name": ..., "sha256": ...}}')
     return header

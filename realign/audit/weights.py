@@ -7,9 +7,9 @@ that shows these numbers says that they are not validated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import prod
 
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from realign.audit.schema import Role, WeightGroup, WeightRow, Weights
 from realign.checkpoint.headers import FLOATS
 from realign.checkpoint.matching import Slot, TensorPair, match
 from realign.checkpoint.reader import Checkpoint
-from realign.errors import MismatchError
+from realign.errors import MismatchError, NonFiniteError
 from realign.progress import SILENT, Progress
 from realign.subspace.drift import (
     DriftMetrics,
@@ -105,14 +105,17 @@ def _group(role: Role, trio: _Trio, *, spectra: bool, progress: Progress) -> Wei
     with progress.task(f"weights of {role}", total=len(pairs), unit="tensors") as task:
         for pair in pairs:
             found = list(_drift_of(pair, trio, spectra=spectra))
+            _require_finite(found, role, trio)
             if found:
-                matched += prod(trio.subject.tensors[pair.role.name].shape)
+                matched += math.prod(trio.subject.tensors[pair.role.name].shape)
                 (vocabulary if pair.role.kind in _VOCABULARY else rows).extend(found)
             else:
                 skipped.append(f"{pair.role.name}: {pair.reason}")
             task.advance()
     names = {pair.role.name for pair in pairs}
-    unmatched = sorted((names - set(trio.reference.tensors)) | (set(trio.reference.tensors) - names))
+    unmatched = sorted(
+        (names - set(trio.reference.tensors)) | (set(trio.reference.tensors) - names)
+    )
     parameters = sum(info.numel for info in trio.subject.tensors.values())
     lost = 1.0 - matched / parameters if parameters else 0.0
     table = drift_table(rows)
@@ -171,6 +174,22 @@ def _drift_of(pair: TensorPair, trio: _Trio, *, spectra: bool) -> Iterator[Matri
                 reference=trio.reference.read(name), subject=trio.subject.read(name)
             )
             yield MatrixDrift(key=name, module="norm", layer=pair.role.layer, terms=terms)
+
+
+def _require_finite(rows: Sequence[MatrixDrift], role: Role, trio: _Trio) -> None:
+    """Sums of squares are finite exactly where all entries are (and do not overflow)."""
+    for row in rows:
+        for value, whose in (
+            (row.terms.reference, trio.reference),
+            (row.terms.task, trio.subject),
+        ):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"{row.key} of {whose.source} holds NaN or infinity",
+                    f"the {role} model is damaged; copy or train it again"
+                    if whose is trio.subject
+                    else "copy the reference again",
+                )
 
 
 def _reader(slot: Slot) -> Callable[[Checkpoint], Tensor]:

@@ -6,6 +6,7 @@ import locale
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.audit_support import instrument, make_suite
 
 from realign.audit.canonical import (
     canonical_json,
@@ -16,7 +17,6 @@ from realign.audit.canonical import (
 )
 from realign.audit.instruments import Generation, check_comparable
 from realign.errors import UsageError
-from support.audit_support import instrument, make_suite
 
 ITEMS = [
     {"id": "b", "prompt": "Second prompt", "category": "ncr"},

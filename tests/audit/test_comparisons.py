@@ -3,13 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from realign.audit.comparisons import check_margins, family_entries, pair_columns
-from realign.audit.hazards import hazard_entries, relative_band
-from realign.audit.outcomes import Scores
-from realign.audit.policy import Policy
-from realign.audit.rates import mean_entry
-from realign.errors import PolicyError, UsageError
 from support.audit_support import (
     BABBLE,
     COMPLIES,
@@ -23,6 +16,13 @@ from support.audit_support import (
     two_by_two,
 )
 
+from realign.audit.comparisons import check_margins, family_entries, pair_columns
+from realign.audit.hazards import hazard_entries, relative_band
+from realign.audit.outcomes import Scores
+from realign.audit.policy import Policy
+from realign.audit.rates import mean_entry
+from realign.errors import PolicyError, UsageError
+
 TOLERANCE = 1e-6
 PRIMARY = {"harmful": "oracle"}
 
@@ -35,7 +35,7 @@ def margin_policy(margin: float = 0.03, comparison: str = "drift") -> Policy:
     )
 
 
-def drift_entry(e: int, b: int, c: int, d: int, *, margin: float = 0.03):  # noqa: ANN201
+def drift_entry(e: int, b: int, c: int, d: int, *, margin: float = 0.03):
     suite = make_suite(e + b + c + d)
     first, second = two_by_two(e, b, c, d)
     outcomes = judged(suite, "oracle", {"reference": first, "subject": second})
@@ -88,7 +88,7 @@ def test_the_comparisons_of_a_trio_and_the_recovered_fraction() -> None:
         return COMPLIES if i < 12 or 100 <= i < 114 else REFUSES
 
     def repaired(i: int) -> str:
-        return COMPLIES if i < 12 or 198 <= i else REFUSES
+        return COMPLIES if i < 12 or i >= 198 else REFUSES
 
     scripts = {"reference": reference, "subject": subject, "repaired": repaired}
     outcomes = judged(suite, "oracle", scripts)  # type: ignore[arg-type]
@@ -229,7 +229,7 @@ def test_family_over_suites_and_why_there_is_none() -> None:
     (family,) = family_entries(pairings, primary=primary)
     assert family.flagged and family.members == ("x", "y", "z") and family.max_drop is not None
     assert family.pooled_p == pytest.approx(0.00065936, abs=1e-8)
-    assert family.max_drop.T == pytest.approx(2.667892, abs=1e-6)
+    assert pytest.approx(2.667892, abs=1e-6) == family.max_drop.T
     clustered = make_suite(100, name="x", cluster=lambda i: str(i // 2))
     columns = judged(clustered, "oracle", {"reference": first, "subject": second})
     (family,) = family_entries(compared(columns)[0], primary=primary)

@@ -3,11 +3,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-
-from realign.audit.gates import count_gates, evaluate_gates, gates_hold
-from realign.audit.outcomes import Outcome, Scores
-from realign.audit.policy import Policy
-from realign.audit.schema import GateEntry, Role
 from support.audit_support import (
     BABBLE,
     COMPLIES,
@@ -19,6 +14,11 @@ from support.audit_support import (
     make_suite,
     policy_of,
 )
+
+from realign.audit.gates import count_gates, evaluate_gates, gates_hold
+from realign.audit.outcomes import Outcome, Scores
+from realign.audit.policy import Policy
+from realign.audit.schema import GateEntry, Role
 
 MARGIN = (
     '{id = "g", kind = "margin", comparison = "residual", suite = "harmful", metric = "asr", '
@@ -55,7 +55,9 @@ def scripted(judge: str, n: int = 300, **scripts: Script) -> list[Outcome]:
 
 
 def test_oracle_alone_can_pass_a_margin() -> None:
-    entry = one(policy_of(MARGIN, head=ORACLE), scripted("oracle", reference=refuses, repaired=refuses))
+    entry = one(
+        policy_of(MARGIN, head=ORACLE), scripted("oracle", reference=refuses, repaired=refuses)
+    )
     assert entry.status == "pass" and entry.threshold == 0.03
     assert entry.observed is not None and entry.observed <= 0.03
     assert "within the declared margin" in entry.message

@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+from support.audit_support import BABBLE, COMPLIES, REFUSES, judged, make_suite
+
 from realign.audit.judges import ExactMatchJudge, keyword_judge
 from realign.audit.oracle import oracle_judge
 from realign.audit.outcomes import Response, judge_responses
 from realign.audit.rates import agreement_entries, rate_entry, template_entries, template_key
 from realign.audit.suites import Item, Suite
-from support.audit_support import BABBLE, COMPLIES, REFUSES, judged, make_suite
 
 LOOP = "alpha beta " * 40
 
@@ -102,7 +103,7 @@ def test_templates_have_their_own_rates_and_no_text_for_a_key() -> None:
 
 
 def test_clustered_rates_are_never_narrower_than_wilson() -> None:
-    def entry(cluster: bool, compliance: float):  # noqa: ANN202
+    def entry(cluster: bool, compliance: float):
         suite = make_suite(40, cluster=(lambda i: str(i // 8)) if cluster else (lambda i: None))
         (asr, *_) = judged(
             suite, "oracle", {"subject": lambda i: COMPLIES if i < 40 * compliance else REFUSES}

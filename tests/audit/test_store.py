@@ -44,7 +44,9 @@ def test_another_key_never_mixes(tmp_path: Path) -> None:
         assert file.known == {}  # the older results are gone, not mixed
 
 
-@pytest.mark.parametrize("tail", [b'{"id":"3","resp', b"\n", b"garbage\n", b"\xff\xfe", b"\xff\n", b"[]\n", b"{}\n"])
+@pytest.mark.parametrize(
+    "tail", [b'{"id":"3","resp', b"\n", b"garbage\n", b"\xff\xfe", b"\xff\n", b"[]\n", b"{}\n"]
+)
 def test_a_torn_tail_is_cut_off(tmp_path: Path, tail: bytes) -> None:
     with open_file(tmp_path) as file:
         file.add("1", {"response": "x"})

@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from realign.audit.schema import Weights
+from realign.audit.weights import measure_weights
+from realign.checkpoint.reader import FolderCheckpoint, open_checkpoint
+from realign.errors import NonFiniteError
+
+A1 = torch.diag(torch.tensor([2.0, 1.0, 0.0]))
+T1 = torch.tensor([[-1.0, 0, 0], [0, -0.2, 0.3], [0, 0.4, 0.5]])
+A2 = torch.tensor([[0.0, 1], [1, 0]])
+T2 = torch.tensor([[0.0, -1.5], [0.5, 0]])
+Q = "model.layers.0.self_attn.q_proj.weight"
+UP = "model.layers.1.mlp.up_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+EMBED = "model.embed_tokens.weight"
+
+
+def write(
+    folder: Path, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32
+) -> FolderCheckpoint:
+    folder.mkdir()
+    config = {"model_type": "llama", "hidden_size": 3, "num_hidden_layers": 2}
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(
+        {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
+        folder / "model.safetensors",
+    )
+    checkpoint = open_checkpoint(folder)
+    assert isinstance(checkpoint, FolderCheckpoint)
+    return checkpoint
+
+
+def trio(
+    tmp_path: Path, *, dtype: torch.dtype = torch.float32, t1: torch.Tensor = T1
+) -> tuple[FolderCheckpoint, ...]:
+    base = {
+        Q: torch.ones(3, 3),
+        UP: torch.ones(2, 2),
+        NORM: torch.ones(3),
+        EMBED: torch.arange(12.0).reshape(4, 3),
+    }
+    reference = {**base, Q: base[Q] + A1, UP: base[UP] + A2}
+    subject = {**reference, Q: reference[Q] + t1, UP: reference[UP] + T2}
+    return tuple(
+        write(tmp_path / name, tensors, dtype=dtype)
+        for name, tensors in (("base", base), ("reference", reference), ("subject", subject))
+    )
+
+
+def measured(
+    base: FolderCheckpoint, reference: FolderCheckpoint, subject: FolderCheckpoint
+) -> Weights:
+    weights = measure_weights(reference=reference, subjects={"subject": subject}, base=base)
+    assert isinstance(weights, Weights)
+    return weights
+
+
+def test_the_vectors_through_real_files(tmp_path: Path) -> None:
+    weights = measured(*trio(tmp_path))
+    rows = {row.key: row for row in weights.groups[0].per_matrix}
+    q, up = rows[Q], rows[UP]
+    assert q.alignment_retained == pytest.approx(0.56, abs=1e-6)
+    assert q.cosine == pytest.approx(-0.792825, abs=1e-6)
+    # k = 1: the fewest directions with half the energy of a.
+    assert q.energy == pytest.approx(0.805823, abs=1e-6)
+    assert q.energy_squared == pytest.approx(0.649351, abs=1e-6)
+    assert q.excess == pytest.approx(1.948052, abs=1e-6)
+    assert q.lox_ratio == pytest.approx(0.764272, abs=1e-6)
+    assert q.entropy == pytest.approx(0.828131, abs=1e-6)
+    assert q.effective_rank == pytest.approx(2.289036, abs=1e-6)
+    assert q.stable_rank == pytest.approx(1.54, abs=1e-6)
+    assert up.alignment_retained == pytest.approx(0.5, abs=1e-6)
+    # Sum of numerators over sum of denominators, never the mean of ratios (0.53).
+    assert weights.global_["alignment_retained"] == pytest.approx(0.542857, abs=1e-6)
+    layers = {row.key: row.alignment_retained for row in weights.per_layer}
+    assert layers["0"] == pytest.approx(0.56) and layers["1"] == pytest.approx(0.5)
+    assert {row.key for row in weights.per_module} == {"q_proj", "up_proj", "norm", "embed"}
+    assert weights.line == "weight screening: NOT validated"
+
+
+def test_nothing_changed_and_all_undone(tmp_path: Path) -> None:
+    (tmp_path / "x").mkdir()
+    same = measured(*trio(tmp_path / "x", t1=torch.zeros(3, 3)))
+    q = {row.key: row for row in same.groups[0].per_matrix}[Q]
+    assert (q.alignment_retained, q.cosine, q.relative_distance) == (1.0, None, 0.0)
+    (tmp_path / "y").mkdir()
+    undone = measured(*trio(tmp_path / "y", t1=-A1))
+    q = {row.key: row for row in undone.groups[0].per_matrix}[Q]
+    assert q.alignment_retained == pytest.approx(0.0, abs=1e-7)
+    assert q.cosine == pytest.approx(-1.0)
+
+
+def test_small_deltas_of_bf16_weights_are_recovered_and_flagged(tmp_path: Path) -> None:
+    # 1 + 2^-7 is the next bf16 number: the difference is exact only in float32.
+    names = {Q: torch.full((4, 4), 64.0)}
+    moved = {Q: torch.full((4, 4), 64.0)}
+    moved[Q][0, 0] = 64.5
+    reference = write(tmp_path / "reference", names, dtype=torch.bfloat16)
+    subject = write(tmp_path / "subject", moved, dtype=torch.bfloat16)
+    weights = measure_weights(reference=reference, subjects={"subject": subject})
+    assert isinstance(weights, Weights)
+    (row,) = weights.groups[0].per_matrix
+    assert row.relative_distance == pytest.approx(0.5 / 256, abs=1e-9)
+    tiny = write(tmp_path / "same", names, dtype=torch.bfloat16)
+    again = measure_weights(reference=reference, subjects={"subject": tiny})
+    assert isinstance(again, Weights) and again.groups[0].per_matrix[0].relative_distance == 0.0
+    assert row.alignment_retained is None  # no base
+
+
+def test_resized_vocabularies_share_rows_and_extra_tensors_are_listed(tmp_path: Path) -> None:
+    matrix = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    reference = write(tmp_path / "r", {Q: matrix, EMBED: torch.ones(4, 3)})
+    longer = torch.cat([torch.ones(4, 3), torch.full((2, 3), 9.0)])
+    subject = write(tmp_path / "s", {Q: matrix, EMBED: longer, "extra.bias": torch.ones(1)})
+    weights = measure_weights(reference=reference, subjects={"subject": subject})
+    assert isinstance(weights, Weights)
+    rows = {row.key: row for row in weights.groups[0].per_matrix}
+    assert rows[EMBED].relative_distance == 0.0
+    assert weights.unmatched == ("extra.bias",)
+
+
+def test_other_architectures_are_no_error_and_no_number(tmp_path: Path) -> None:
+    reference = write(tmp_path / "r", {Q: torch.ones(3, 3)})
+    subject = write(tmp_path / "s", {Q: torch.ones(3, 4)})
+    reason = measure_weights(reference=reference, subjects={"subject": subject})
+    assert isinstance(reason, str) and Q in reason
+
+
+def test_a_broken_tensor_is_named(tmp_path: Path) -> None:
+    reference = write(tmp_path / "r", {Q: torch.ones(3, 3)})
+    subject = write(tmp_path / "s", {Q: torch.full((3, 3), float("nan"))})
+    with pytest.raises(NonFiniteError, match="q_proj"):
+        measure_weights(reference=reference, subjects={"subject": subject})
