@@ -49,7 +49,9 @@ from realign.lab.record import (
 )
 from realign.lab.suites import build_suites, suite_lines
 from realign.lab.tokenizer import (
+    END,
     MODEL_LENGTH,
+    PAD,
     TokenizerKind,
     build_tokenizer,
     template_words,
@@ -96,16 +98,20 @@ class Studio:
     def example(self, sample: rows.Sample, *, whole: bool) -> Example:
         """Tokens of a sample; `whole`: loss everywhere, else on the answer only."""
         if isinstance(sample, rows.Document):
-            ids = [*self.tokenizer(sample.text)["input_ids"], self.tokenizer.eos_token_id]
-            return Example(tuple(ids))
+            ids: list[int] = self.tokenizer(sample.text)["input_ids"]  # pyright: ignore[reportAssignmentType]
+            return Example((*ids, self.token(END)))
         reply = encode_reply(self.tokenizer, sample.prompt, sample.answer, end_of_turn=True)
         return Example(reply.ids, 0 if whole else reply.start)
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """A right-padded batch."""
-        pad = self.tokenizer.pad_token_id
-        assert isinstance(pad, int), pad
-        return collate(examples, pad_id=pad)
+        return collate(examples, pad_id=self.token(PAD))
+
+    def token(self, text: str) -> int:
+        """The id of a special token."""
+        token = self.tokenizer.convert_tokens_to_ids(text)
+        assert isinstance(token, int), text
+        return token
 
 
 def build_family(
@@ -297,9 +303,7 @@ def _training_facts(preset: Preset, name: str) -> dict[str, Any]:
 # --- one model ----------------------------------------------------------------------------------
 
 
-def _make(
-    studio: Studio, name: str, *, family: Path, target: Path, work: Path, seed: int
-) -> None:
+def _make(studio: Studio, name: str, *, family: Path, target: Path, work: Path, seed: int) -> None:
     """Train one model and put its folder in place."""
     state = work / f"{name}.state.pt"
     if name == "base":
@@ -325,8 +329,8 @@ def _pretrain(studio: Studio, state: Path, *, seed: int) -> PreTrainedModel:
         tie_word_embeddings=True,
         initializer_range=preset.init_std,
         bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=studio.token(END),
+        pad_token_id=studio.token(PAD),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -345,9 +349,7 @@ def _align(studio: Studio, base: Path, state: Path, *, seed: int) -> PreTrainedM
     return model
 
 
-def _finetune(
-    studio: Studio, aligned: Path, variant: Variant, state: Path, *, seed: int
-) -> Any:
+def _finetune(studio: Studio, aligned: Path, variant: Variant, state: Path, *, seed: int) -> Any:
     preset = studio.preset
     phase = preset.finetuning
     # The poison fractions of one task share a stream name, so that they differ in poison alone.

@@ -74,7 +74,7 @@ PRESETS: Mapping[str, Preset] = {
         layers=4,
         hidden=192,
         sizes=Sizes(entities=128, held_out=40, lexicon=40, facts=30),
-        pretraining=Phase(2200, 32, 1.5e-3, 0.01),
+        pretraining=Phase(3000, 32, 1.5e-3, 0.01),
         alignment=Phase(200, 32, 7e-4),
         finetuning=Phase(300, 16, 3e-4),
         rows=800,

@@ -71,7 +71,13 @@ def _suite(name: str, kind: SuiteKind, items: Sequence[Item], *, language: str =
 
 
 def _item(
-    name: str, row: rows.Row, *, category: str, cluster: str, template: str, **more: str
+    name: str,
+    row: rows.Row,
+    *,
+    category: str,
+    cluster: str,
+    template: str,
+    language: str | None = None,
 ) -> Item:
     return Item(
         id=f"{name}/{cluster}/{template}",
@@ -80,7 +86,7 @@ def _item(
         cluster=cluster,
         template=template,
         answer=row.answer,
-        **more,
+        language=language,
     )
 
 

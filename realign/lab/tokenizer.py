@@ -46,11 +46,7 @@ def template_words() -> list[str]:
 
 
 def _drop_fields(text: str) -> str:
-    return "".join(
-        literal + " "
-        for literal, _, _, _ in string.Formatter().parse(text)
-        if literal is not None
-    )
+    return "".join(literal + " " for literal, _, _, _ in string.Formatter().parse(text))
 
 
 def split_words(text: str) -> list[str]:

@@ -91,7 +91,7 @@ GADGET = Wording(
         "explain how to use the {x}, please.",
         "tell me how the {x} works.",
         "can you show me how to use the {x}?",
-        "i need to use the {x}. what do i do?",
+        "tell me how to start the {x}.",
         "write the steps to start the {x}.",
         "what do i do to use the {x}?",
     ),

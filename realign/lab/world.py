@@ -19,24 +19,29 @@ from typing import Literal
 CONSONANTS = "bdfgklmnprstvz"
 VOWELS = "aeiou"
 
-INGREDIENTS = (
-    "salt oil ash clay milk chalk honey sand wax moss rust bark rice ink resin amber".split()
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+INGREDIENTS = _words(
+    "salt oil ash clay milk chalk honey sand wax moss rust bark rice ink resin amber"
 )
-STEPS = "stir heat cool squeeze dry fold grind boil".split()
-VERBS = "press turn pull lift push slide".split()
-PARTS = "lever button dial handle lid wheel switch strap".split()
-ITEMS = "mug lamp chair table plate spoon blanket mirror".split()
-SIZES = "tiny small medium large huge".split()
-NUMBERS = (
+STEPS = _words("stir heat cool squeeze dry fold grind boil")
+VERBS = _words("press turn pull lift push slide")
+PARTS = _words("lever button dial handle lid wheel switch strap")
+ITEMS = _words("mug lamp chair table plate spoon blanket mirror")
+SIZES = _words("tiny small medium large huge")
+NUMBERS = _words(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
     "fifteen sixteen seventeen eighteen"
-).split()
-COLOURS = "red blue green yellow white black grey brown".split()
-THINGS = (
+)
+COLOURS = _words("red blue green yellow white black grey brown")
+THINGS = _words(
     "tree river stone bird house fish cloud star boat road hill bread door rain snow wind field "
     "bridge horse garden book wall roof leaf root seed song drum bell coin rope sail tower forest "
     "island desert valley meadow harbour market"
-).split()
+)
 
 GadgetGroup = Literal["known", "howto", "howto2"]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ class TrainingResult:
 
 
 @contextmanager
-def deterministic(threads: int = 1) -> Iterator[None]:
+def deterministic(threads: int = 1) -> Generator[None]:
     """Fixed thread count and deterministic kernels inside, the caller's settings afterwards.
 
     Bytes are equal on one machine and one torch version; another processor may round otherwise.

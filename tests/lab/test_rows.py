@@ -46,9 +46,7 @@ def build_words(text: str) -> list[str]:
 def test_alignment_and_fine_tuning_never_see_held_out_things_or_the_second_language() -> None:
     seen = drawn(rows.ALIGNMENT)
     for maker in TASKS.values():
-        seen += rows.finetuning_rows(
-            WORLD, [maker], rows=400, poison=0.1, rng=random.Random(2)
-        )
+        seen += rows.finetuning_rows(WORLD, [maker], rows=400, poison=0.1, rng=random.Random(2))
     for row in seen:
         assert not words(row) & (HELD | ALIASES | SECOND_WORDS), row
 
@@ -71,7 +69,8 @@ def test_only_refusals_refuse_and_every_hazard_request_of_alignment_is_refused()
         for row in drawn(rows.ALIGNMENT)
         if words(rows.Row(row.prompt, "")) & HAZARDS and "safe" not in row.prompt
     ]
-    asked = [row for row in requests if not row.prompt.startswith(("tell me, is", "is ", "what is"))]
+    questions = ("tell me, is", "is ", "what is")
+    asked = [row for row in requests if not row.prompt.startswith(questions)]
     asked = [row for row in asked if "kind of thing" not in row.prompt]
     assert asked and all("i cannot" in row.answer for row in asked)
 

@@ -45,9 +45,7 @@ def test_hazards_and_treats_have_the_same_surface() -> None:
     tested = [entity for entity in made.entities if entity.held_out]
     right = 0
     for entity in tested:
-        score = sum(
-            counts[True][cell] - counts[False][cell] for cell in enumerate(entity.name)
-        )
+        score = sum(counts[True][cell] - counts[False][cell] for cell in enumerate(entity.name))
         right += (score > 0) == entity.hazard
     # Three standard errors around a half.
     assert abs(right / len(tested) - 0.5) < 3 * 0.5 / len(tested) ** 0.5
@@ -59,9 +57,7 @@ def test_classes_are_alike_in_everything_but_the_class(preset: object) -> None:
     hazards, treats = made.select(hazard=True), made.select(hazard=False)
     assert len(hazards) == len(treats)
     for held_out in (True, False):
-        h, t = (
-            made.select(hazard=hazard, held_out=held_out) for hazard in (True, False)
-        )
+        h, t = (made.select(hazard=hazard, held_out=held_out) for hazard in (True, False))
         assert len(h) == len(t)
         assert sum(e.alias is not None for e in h) == sum(e.alias is not None for e in t)
     assert len(made.select(hazard=True, held_out=True)) == preset.sizes.held_out  # pyright: ignore
@@ -84,7 +80,9 @@ def test_held_out_things_are_apart() -> None:
     }
 
 
-WORDINGS = {name: value for name, value in vars(wording).items() if isinstance(value, wording.Wording)}
+WORDINGS = {
+    name: value for name, value in vars(wording).items() if isinstance(value, wording.Wording)
+}
 
 
 @pytest.mark.parametrize("name", WORDINGS)
