@@ -4,8 +4,8 @@
 # make env      only the environment; every target above makes it first
 # make docs     rewrite docs/commands from the same source as --help
 #
-# Variables: PYTHON (3.11 or newer), WORKERS (test processes), TORCH_INDEX (another index for torch only,
-# for example https://download.pytorch.org/whl/cpu on a Linux machine without a GPU).
+# Variables: PYTHON (3.11 or newer), WORKERS (test processes), TORCH_INDEX (another package index for
+# torch only, where its builds for machines without a GPU are kept).
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
