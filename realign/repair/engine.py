@@ -168,8 +168,7 @@ def _write_shard(
             piece = next(pieces)
             edited = editor.edit(piece)
             writer.write(piece.pair.role.name, edited.stored)
-            if edited.row is not None:
-                rows.append(edited.row)
+            rows += [each.row for each in edited.done]
             left -= edited.stored.nbytes
             task.advance(edited.stored.nbytes)
             del piece, edited  # the next piece is in memory already
@@ -212,16 +211,17 @@ def _collect_factors(run: _Run) -> tuple[list[TensorRow], dict[str, Factors]]:
         Prefetch(piece for piece in edits if piece.edit) as pieces,
     ):
         for piece in pieces:
-            edited = editor.edit(piece)
-            assert edited.row is not None and edited.edit is not None and piece.slot is not None
-            row = edited.row
-            if not isinstance(edited.edit, Unchanged):
-                found = factor(piece.slot, edited.edit, max_rank=plan.max_patch_rank)
-                factors[piece.slot.key] = found
-                # A patch is added in the forward pass: no cast of W' rounds it.
-                row = replace(row, survival=None, patch_rank=found.rank, patch_error=found.error)
-            rows.append(row)
-            task.advance()
+            for each in editor.edit(piece).done:
+                row = each.row
+                if not isinstance(each.edit, Unchanged):
+                    found = factor(each.slot, each.edit, max_rank=plan.max_patch_rank)
+                    factors[each.slot.key] = found
+                    # A patch is added in the forward pass: no cast of W' rounds it.
+                    row = replace(
+                        row, survival=None, patch_rank=found.rank, patch_error=found.error
+                    )
+                rows.append(row)
+                task.advance()
     return rows, factors
 
 

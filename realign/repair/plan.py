@@ -432,10 +432,11 @@ def _matrix_bytes(
 
 def slot_shape(shape: tuple[int, ...], slot: Slot) -> tuple[int, int]:
     """[d_out, d_in] of a logical matrix inside a stored tensor."""
-    first, second = shape
-    if slot.rows is not None:
-        first = slot.rows[1] - slot.rows[0]
-    return (second, first) if slot.transposed else (first, second)
+    *stack, first, second = shape
+    d_out, d_in = (second, first) if slot.transposed else (first, second)
+    if slot.rows is not None and not stack:
+        d_out = slot.rows[1] - slot.rows[0]
+    return d_out, d_in
 
 
 def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:

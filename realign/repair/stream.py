@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -43,8 +44,8 @@ class Piece:
     """As stored, by role; only the fine-tune's where the rows are copied."""
     edit: bool
     """Whether the rows are edited or copied."""
-    slot: Slot | None = None
-    """The logical matrix, for methods that work on matrices."""
+    slots: tuple[Slot, ...] = ()
+    """The logical matrices in it, for methods that work on matrices."""
     last: bool = False
     """Nothing of the tensor is left to edit after this piece."""
 
@@ -55,15 +56,22 @@ class Piece:
 
 
 @dataclass(frozen=True, eq=False)
+class EditedMatrix:
+    """What was done to one logical matrix, or to a tensor that was edited entry by entry."""
+
+    slot: Slot
+    edit: Edit
+    row: TensorRow
+
+
+@dataclass(frozen=True, eq=False)
 class EditedPiece:
     """Rows ready to be written, and what was done to them."""
 
     stored: Tensor
     """In the layout and dtype of the file."""
-    edit: Edit | None = None
-    """What the method returned, for one matrix; None for copies and element-wise chunks."""
-    row: TensorRow | None = None
-    """The report's row, with the piece that completes it."""
+    done: tuple[EditedMatrix, ...] = ()
+    """What this piece completes."""
 
 
 def read_pieces(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Piece]:
@@ -80,12 +88,12 @@ def read_pieces(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Piece]
                 rows = (start, end)
                 yield Piece(pair, start, _read(pair, roles, rows), edit=True, last=end == common)
             at = common
-        for slot in () if plan.method.elementwise else pair.slots:
-            rows = slot.rows or (0, common)
-            assert rows[0] >= at, f"{slot.key} overlaps another block of its tensor"
-            yield from _copies(pair, inputs.finetuned, at, rows[0], per_chunk)
-            yield Piece(pair, rows[0], _read(pair, roles, rows), edit=True, slot=slot)
-            at = rows[1]
+        else:
+            for rows, slots in _blocks(pair, dimensions=len(info.shape), common=common):
+                assert rows[0] >= at, f"{slots[0].key} overlaps another block of its tensor"
+                yield from _copies(pair, inputs.finetuned, at, rows[0], per_chunk)
+                yield Piece(pair, rows[0], _read(pair, roles, rows), edit=True, slots=slots)
+                at = rows[1]
     yield from _copies(pair, inputs.finetuned, at, total, per_chunk)
 
 
@@ -121,34 +129,36 @@ class Editor:
                 check_input(tensor, name=name, role=role, source=source)
         if not piece.edit:
             return EditedPiece(piece.tensors["finetuned"])
-        edited = self._edit_entries(piece) if piece.slot is None else self._edit_matrix(piece)
+        edited = self._edit_matrices(piece) if piece.slots else self._edit_entries(piece)
         check_output(edited.stored, name=name, dtype=str(edited.stored.dtype))
         return edited
 
-    def _edit_matrix(self, piece: Piece) -> EditedPiece:
-        slot = piece.slot
-        assert slot is not None
-        matrices = {
-            role: logical_matrix(tensor, slot).to(self._device)
-            for role, tensor in piece.tensors.items()
-        }
-        layer = self._layer(slot.key, slot.module, slot.layer, matrices)
-        try:
-            edit = self._plan.method.edit(layer, self._statistics)
-            result, effect = self._apply(edit, matrices)
-        except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-            raise CheckpointError(
-                f"{slot.key}: its decomposition does not converge ({error})",
-                "check the tensor in every checkpoint of the run",
-            ) from error
-        except torch.OutOfMemoryError as error:
-            raise ModelError(
-                f"{slot.key} does not fit into the memory of {self._device}", "use --device cpu"
-            ) from error
+    def _edit_matrices(self, piece: Piece) -> EditedPiece:
         stored = torch.empty_like(piece.tensors["finetuned"])
-        logical_matrix(stored, slot).copy_(result)
-        row = self._row(piece, edit, effect, key=slot.key, module=slot.module)
-        return EditedPiece(stored, edit, row)
+        done: list[EditedMatrix] = []
+        for slot in piece.slots:
+            matrices = {
+                role: logical_matrix(tensor, slot).to(self._device)
+                for role, tensor in piece.tensors.items()
+            }
+            layer = self._layer(slot.key, slot.module, slot.layer, matrices)
+            try:
+                edit = self._plan.method.edit(layer, self._statistics)
+                result, effect = self._apply(edit, matrices)
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                raise CheckpointError(
+                    f"{slot.key}: its decomposition does not converge ({error})",
+                    "check the tensor in every checkpoint of the run",
+                ) from error
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{slot.key} does not fit into the memory of {self._device}",
+                    "use --device cpu",
+                ) from error
+            logical_matrix(stored, slot).copy_(result)
+            row = self._row(piece, edit, effect, key=slot.key, module=slot.module)
+            done.append(EditedMatrix(slot, edit, row))
+        return EditedPiece(stored, tuple(done))
 
     def _edit_entries(self, piece: Piece) -> EditedPiece:
         """Small blocks of rows, so that the float32 scratch stays in the processor's cache."""
@@ -165,8 +175,9 @@ class Editor:
         if not piece.last:
             return EditedPiece(stored)
         del self._tallies[role.name]
-        row = self._row(piece, tally.edit(), tally.effect, key=role.name, module=role.module)
-        return EditedPiece(stored, row=row)
+        edit = tally.edit()
+        row = self._row(piece, edit, tally.effect, key=role.name, module=role.module)
+        return EditedPiece(stored, (EditedMatrix(piece.pair.slots[0], edit, row),))
 
     def _apply(self, edit: Edit, matrices: Mapping[str, Tensor]) -> tuple[Tensor, Effect]:
         kind = self._plan.method.vector_kind
@@ -273,6 +284,32 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tenso
     return checkpoint.read(name, rows)
 
 
+def read_slot(checkpoint: Checkpoint, slot: Slot) -> Tensor:
+    """The stored rows in which a logical matrix lies."""
+    shape = checkpoint.tensors[slot.tensor].shape
+    return read_rows(checkpoint, slot.tensor, _stored_rows(slot, len(shape), shape[0]))
+
+
 def logical_matrix(stored: Tensor, slot: Slot) -> Tensor:
-    """The matrix [d_out, d_in] as a view of the stored rows."""
-    return stored.T if slot.transposed else stored
+    """The matrix [d_out, d_in] as a view of the stored rows in which it lies."""
+    if stored.dim() == 3:  # one expert of a stack
+        (stored,) = stored
+        return stored.T if slot.transposed else stored
+    if not slot.transposed:
+        return stored
+    return stored.T if slot.rows is None else stored.T[slice(*slot.rows)]
+
+
+def _blocks(
+    pair: TensorPair, *, dimensions: int, common: int
+) -> Iterator[tuple[tuple[int, int], tuple[Slot, ...]]]:
+    """Ranges of stored rows, each with the matrices that lie in it."""
+    grouped = groupby(pair.slots, key=lambda slot: _stored_rows(slot, dimensions, common))
+    for rows, slots in grouped:
+        yield rows, tuple(slots)
+
+
+def _stored_rows(slot: Slot, dimensions: int, total: int) -> tuple[int, int]:
+    """Blocks of a transposed matrix are columns of what is stored: they need all of its rows."""
+    whole = slot.rows is None or (slot.transposed and dimensions == 2)
+    return (0, total) if whole or slot.rows is None else slot.rows

@@ -33,7 +33,7 @@ from realign.model.loading import pick_device
 from realign.progress import SILENT, Progress
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.prefetch import Prefetch
-from realign.repair.stream import logical_matrix, read_rows
+from realign.repair.stream import logical_matrix, read_slot
 from realign.repair.verify import check_input
 from realign.subspace.entropy import entropy_rank
 from realign.subspace.projector import fix_signs
@@ -207,10 +207,9 @@ def _matrices(
     slots: list[Slot], aligned: Checkpoint, base: Checkpoint
 ) -> Iterator[tuple[Slot, Tensor, Tensor]]:
     for slot in slots:
-        rows = slot.rows or (0, aligned.tensors[slot.tensor].shape[0])
         pair: list[Tensor] = []
         for role, checkpoint in (("aligned", aligned), ("base", base)):
-            stored = read_rows(checkpoint, slot.tensor, rows)
+            stored = read_slot(checkpoint, slot)
             check_input(stored, name=slot.tensor, role=role, source=checkpoint.source)
             pair.append(logical_matrix(stored, slot))
         yield slot, pair[0], pair[1]

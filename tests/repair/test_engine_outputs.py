@@ -35,7 +35,9 @@ def _repair(trio: Trio, output: Path, **options: object) -> RepairResult:
 
 
 def _blocks(name: str, arch: str) -> list[slice]:
-    """Row blocks of the fused tensors of the tiny Phi-3; everything for other tensors."""
+    """Row blocks of the tiny models' fused matrices; everything for other tensors."""
+    if "c_attn.weight" in name:
+        return [slice(0, 32), slice(32, 64), slice(64, 96)]
     if arch == "phi3" and "qkv_proj" in name:
         return [slice(0, 32), slice(32, 48), slice(48, 64)]
     if arch == "phi3" and "gate_up_proj" in name:
@@ -59,16 +61,30 @@ def test_matrix_method_equals_the_dense_reference(
         if not name.endswith(LINEAR):
             assert torch.equal(out[name].view(torch.uint8), tensor.view(torch.uint8)), name
             continue
-        turn = arch == "gpt2"
+        matrices = [each[name] for each in (base, aligned, finetuned, out)]
+        if arch == "gpt2":
+            matrices = [each.T for each in matrices]
         for rows in _blocks(name, arch):
-            w0, wa, wf = (each[name][rows] for each in (base, aligned, finetuned))
-            if turn:
-                w0, wa, wf = w0.T, wa.T, wf.T
-            edit = 0.7 * dense_replace(w0, wa, wf, rank=2)
-            got = out[name][rows].T if turn else out[name][rows]
-            assert_output(got, wf, edit)
+            w0, wa, wf, got = (each[rows] for each in matrices)
+            assert_output(got, wf, 0.7 * dense_replace(w0, wa, wf, rank=2))
             edited += 1
     assert edited == result.totals.edited == len(result.rows)
+
+
+def test_every_expert_of_a_stack_is_a_matrix_of_its_own(trio_of, tmp_path: Path) -> None:
+    trio = trio_of("gpt_oss")
+    result = _repair(trio, tmp_path / "out", method="replace", settings={"rank": 2})
+    base, aligned, finetuned = map(read_folder, (trio.base, trio.aligned, trio.finetuned))
+    out = read_folder(tmp_path / "out")
+    stacks = [name for name, tensor in out.items() if tensor.dim() == 3]
+    assert len(stacks) == 2
+    for name in stacks:
+        for expert in range(out[name].shape[0]):
+            w0, wa, wf, got = (each[name][expert].T for each in (base, aligned, finetuned, out))
+            assert_output(got, wf, dense_replace(w0, wa, wf, rank=2))
+    assert sum("experts" in row.tensor for row in result.rows) == 6
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert bool(torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all())
 
 
 @pytest.mark.parametrize(("arch", "dtype", "shards"), LAYOUTS)

@@ -13,8 +13,8 @@ from support.repair_support import Trio
 from realign.errors import (
     AlreadyRepairedError,
     MismatchError,
-    NothingToDoError,
     NotFoundError,
+    NothingToDoError,
     OutputError,
     RealignError,
     SuiteError,

@@ -41,6 +41,20 @@ CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
         bos_token_id=1,
         eos_token_id=2,
     ),
+    "gpt_oss": lambda: transformers.GptOssConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+        layer_types=["full_attention"],
+        tie_word_embeddings=False,
+        pad_token_id=0,
+    ),
     "phi3": lambda: transformers.Phi3Config(
         vocab_size=64,
         hidden_size=32,
@@ -105,8 +119,9 @@ def _drift(state: Mapping[str, Tensor], *, seed: int, size: float) -> dict[str, 
         new = value.clone()
         if value.is_floating_point():
             new += size * 0.1 * normal(*value.shape)
-            if value.dim() == 2:
-                new += size * normal(value.shape[0], 2) @ normal(2, value.shape[1])
+            if value.dim() >= 2:
+                *stack, rows, columns = value.shape
+                new += size * normal(*stack, rows, 2) @ normal(*stack, 2, columns)
         moved[name] = new
     if "lm_head.weight" in moved and torch.equal(
         state["lm_head.weight"], state.get("model.embed_tokens.weight", torch.zeros(1))
