@@ -1,1 +1,1 @@
-"""Files to named tensors and back: references, headers, readers, matching, writers. No mathematics."""
+"""Files to named tensors and back: references, headers, readers, matching, writers. No maths."""

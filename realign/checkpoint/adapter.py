@@ -342,7 +342,7 @@ class _Pairing:
         )
 
     def _resolve(self, name: str) -> str | None:
-        """The base tensor of an adapter's name: peft sees the model class, files may lack its prefix."""
+        """The base tensor of an adapter's name; files may lack the prefix that peft sees."""
         tensors = self._base.tensors
         parts = name.split(".")
         for drop in range(min(3, len(parts) - 1)):

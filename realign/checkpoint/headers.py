@@ -7,8 +7,8 @@ The parser is our own because the reference library accepts files that two reade
 (duplicate names, where the last wins). A checkpoint that is ambiguous is refused before any of its
 tensors is read.
 
-Layout: 8 bytes little-endian length N, N bytes of JSON, then the tensor bytes; offsets in the header
-count from the end of the JSON.
+Layout: 8 bytes little-endian length N, N bytes of JSON, then the tensor bytes; offsets in the
+header count from the end of the JSON.
 """
 
 from __future__ import annotations
@@ -171,6 +171,11 @@ def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
 
 
 def reject_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object hook of a strict JSON parser: no key twice, no broken Unicode in a key.
+
+    Raises:
+        HeaderError: names the file `path` and the key.
+    """
     seen: dict[str, Any] = {}
     for key, value in pairs:
         if key in seen:

@@ -1,4 +1,4 @@
-"""From a reference to a folder on this machine: local paths as they are, Hub ids pinned to a commit.
+"""From a reference to a folder on this machine: paths as they are, Hub ids pinned to a commit.
 
 A branch or tag is resolved once to a 40-hex commit and everything is fetched at that commit, so a
 branch that moves during a run changes nothing. Only what is read later is fetched: configs, the
@@ -185,7 +185,7 @@ class Wanted:
 
 
 def wanted_files(names: Iterable[str], subfolder: str | None = None) -> Wanted:
-    """Choose from a repository's files: one set of weights, as a loader does, and the small files."""
+    """Choose from a repository's files: one set of weights, as a loader does, and small files."""
     prefix = f"{subfolder}/" if subfolder else ""
     here = {name.removeprefix(prefix): name for name in names if name.startswith(prefix)}
     small = [

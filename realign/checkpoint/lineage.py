@@ -54,7 +54,7 @@ def propose(folder: Path) -> Proposal:
     seen: list[str] = []
     aligned: str | None = None
     for _ in range(MAX_STEPS):
-        parents = read_parents(here) if here is not None else ()
+        parents = [] if here is None else list(read_parents(here))
         if not parents:
             break
         evidence += [parent.evidence for parent in parents]

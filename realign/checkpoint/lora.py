@@ -2,8 +2,9 @@
 
 The one place of this room that computes: W + s B A (arXiv:2106.09685, equation 3, with s = alpha/r,
 or alpha/sqrt(r) for rank-stabilised LoRA, arXiv:2312.03732) and its DoRA form m (W + s B A) / norm
-(arXiv:2402.09353, equation 5). The order of operations is that of peft's `merge_and_unload`, so that
-in float32 the result is the same bit for bit. Not here: finding and reading the files (`adapter`).
+(arXiv:2402.09353, equation 5). The order of operations is that of peft's `merge_and_unload`, so
+that in float32 the result is the same bit for bit. Not here: finding and reading the files
+(`adapter`).
 """
 
 from __future__ import annotations

@@ -93,11 +93,11 @@ def match(finetuned: Checkpoint, others: Mapping[str, Checkpoint], *, scope: Sco
         finetuned: the checkpoint to edit.
         others: by role: "aligned", "base", "unaligned".
         scope: which tensors may be edited. `block_linear`: linear layers inside decoder blocks;
-            `matrices` adds embeddings and head; `all` adds norms and biases. Routers and buffers are
-            never edited.
+            `matrices` adds embeddings and head; `all` adds norms and biases. Routers and buffers
+            are never edited.
 
     Raises:
-        MismatchError: architecture, names, shapes or types do not fit; the message names both sides.
+        MismatchError: architecture, names, shapes or types do not fit; it names both sides.
     """
     if scope not in get_args(Scope):
         raise UsageError(f"scope {scope!r} is unknown", f"use one of {', '.join(get_args(Scope))}")
@@ -273,8 +273,8 @@ def same_weights(a: Checkpoint, b: Checkpoint) -> bool:
     """Whether two checkpoints hold the same weights.
 
     The same files are the same weights; different tensor lists are not. Otherwise a few bytes of
-    each tensor are compared, which almost always tells two models apart; only when all of them agree
-    are whole tensors read.
+    each tensor are compared, which almost always tells two models apart; only when all of them
+    agree are whole tensors read.
     """
     if _identities(a) == _identities(b):
         return True

@@ -1,7 +1,7 @@
 """One weight file of an output: what it will hold, and writing it as a stream.
 
-Here: the layout of the files (that of the fine-tune), the header, and a writer that takes tensors in
-order, in row chunks, and hashes what it writes. Not here: the folder around them (`writer`).
+Here: the layout of the files (that of the fine-tune), the header, and a writer that takes tensors
+in order, in row chunks, and hashes what it writes. Not here: the folder around them (`writer`).
 """
 
 from __future__ import annotations
@@ -199,10 +199,7 @@ def index_of(layout: tuple[ShardLayout, ...]) -> Mapping[str, Any] | None:
             "total_parameters": sum(prod(spec.shape) for spec in specs),
             "total_size": sum(spec.nbytes for spec in specs),
         },
-        "weight_map": {
-            name: file
-            for name, file in sorted(
-                (spec.name, shard.filename) for shard in layout for spec in shard.tensors
-            )
-        },
+        "weight_map": dict(
+            sorted((spec.name, shard.filename) for shard in layout for spec in shard.tensors)
+        ),
     }

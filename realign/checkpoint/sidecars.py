@@ -1,8 +1,8 @@
 """The small files that travel with a model's weights: tokenizer, templates, configs, code, card.
 
 They are copied byte for byte into an output, never parsed and never executed. Left behind: weights
-in any format, adapter files, traces of training, caches, signatures (they cover other bytes) and our
-own manifest.
+in any format, adapter files, traces of training, caches, signatures (they cover other bytes) and
+our own manifest.
 """
 
 from __future__ import annotations

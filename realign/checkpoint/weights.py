@@ -155,8 +155,8 @@ def read_tensors(
     """All tensors of a model folder, by name, with the files that hold them.
 
     Raises:
-        NotFoundError, HeaderError: as `find_weights` and `read_header`; also when a tensor stands in
-            two files, or the index and the files disagree.
+        NotFoundError, HeaderError: as `find_weights` and `read_header`; also when a tensor stands
+            in two files, or the index and the files disagree.
     """
     weights = find_weights(folder, config)
     tensors: dict[str, TensorInfo] = {}
@@ -167,7 +167,7 @@ def read_tensors(
         for name, info in header.tensors.items():
             if name in tensors:
                 raise HeaderError(
-                    f"{name!r} stands in both {tensors[name].file.name} and {file.name} of {folder}",
+                    f"{name!r} stands in {tensors[name].file.name} and in {file.name} of {folder}",
                     "delete the stale shard",
                 )
             tensors[name] = info

@@ -1,0 +1,136 @@
+"""Opening folders and reading rows: bytes as stored, in memory of their own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from support.checkpoint_support import LLAMA, llama_tensors, write_model
+
+from realign.checkpoint.reader import FolderCheckpoint, open_checkpoint
+from realign.errors import CheckpointError
+
+TENSORS = llama_tensors(dtype=torch.bfloat16)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    names = list(TENSORS)
+    return write_model(tmp_path / "a model", TENSORS, shards=[names[:3], names[3:]])
+
+
+def test_tensors_are_the_stored_ones(folder: Path) -> None:
+    with open_checkpoint(str(folder)) as checkpoint:
+        assert checkpoint.kind == "full" and checkpoint.commit is None
+        assert checkpoint.config["model_type"] == "llama"
+        for name, tensor in TENSORS.items():
+            read = checkpoint.read(name)
+            assert read.dtype == torch.bfloat16 and torch.equal(read, tensor)
+
+
+@settings(
+    deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(a=st.integers(0, 10), b=st.integers(0, 10))
+def test_rows_are_a_slice_of_the_whole(folder: Path, a: int, b: int) -> None:
+    rows = (min(a, b), max(a, b))
+    with open_checkpoint(folder) as checkpoint:
+        read = checkpoint.read("lm_head.weight", rows)
+    assert torch.equal(read, TENSORS["lm_head.weight"][rows[0] : rows[1]])
+
+
+def test_what_is_read_can_be_changed_without_harm(folder: Path) -> None:
+    with open_checkpoint(folder) as checkpoint:
+        checkpoint.read("lm_head.weight").zero_()
+        assert torch.equal(checkpoint.read("lm_head.weight"), TENSORS["lm_head.weight"])
+
+
+def test_scalars_and_empty_tensors(tmp_path: Path) -> None:
+    tensors = {"s": torch.tensor(3.0), "e": torch.empty(0, 4), "h": torch.empty(2, 0)}
+    with open_checkpoint(write_model(tmp_path, tensors)) as checkpoint:
+        assert checkpoint.read("s").item() == 3.0
+        assert checkpoint.read("e").shape == (0, 4)
+        assert checkpoint.read("h", (0, 1)).shape == (1, 0)
+
+
+def test_a_closed_checkpoint_reads_again(folder: Path) -> None:
+    checkpoint = open_checkpoint(folder)
+    checkpoint.read("lm_head.weight")
+    checkpoint.close()
+    assert torch.equal(checkpoint.read("lm_head.weight"), TENSORS["lm_head.weight"])
+    checkpoint.close()
+
+
+def test_symlinked_files_and_odd_names(tmp_path: Path, folder: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    links = tmp_path / "modèle \u2603 +1"
+    links.mkdir()
+    for i, path in enumerate(sorted(folder.iterdir())):
+        path.rename(blobs / str(i))
+        (links / path.name).symlink_to(blobs / str(i))
+    through = tmp_path / "link"
+    through.symlink_to(links)
+    for place in (links, through):
+        with open_checkpoint(place) as checkpoint:
+            assert torch.equal(checkpoint.read("lm_head.weight"), TENSORS["lm_head.weight"])
+
+
+def test_hashes_name_every_file_that_matters(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "training_args.bin").write_bytes(b"x")
+    (folder / ".cache").mkdir()
+    checkpoint = open_checkpoint(folder)
+    hashes = checkpoint.file_hashes()
+    assert set(hashes) == {
+        "config.json",
+        "tokenizer.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    }
+    for name, digest in hashes.items():
+        assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "bitsandbytes"}},
+        {"quantization": {"group_size": 64, "bits": 4}},
+        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
+    ],
+)
+def test_quantised_checkpoints_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
+    write_model(tmp_path, TENSORS, config={**LLAMA, **changes})
+    with pytest.raises(CheckpointError, match="is quantised") as caught:
+        open_checkpoint(tmp_path)
+    assert "unquantised" in caught.value.hint
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\ufeff{}x"])
+def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"config\.json"):
+        open_checkpoint(folder)
+
+
+def test_a_model_and_an_adapter_in_one_folder_are_ambiguous(tmp_path: Path) -> None:
+    write_model(tmp_path, TENSORS)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA"}))
+    with pytest.raises(CheckpointError, match="a whole model and an adapter"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_tied_head_that_repeats_the_embeddings_is_left_out(tmp_path: Path) -> None:
+    tied = {**LLAMA, "tie_word_embeddings": True}
+    tensors = {**TENSORS, "lm_head.weight": TENSORS["model.embed_tokens.weight"].clone()}
+    same = FolderCheckpoint(write_model(tmp_path / "same", tensors, config=tied), source="same")
+    assert "lm_head.weight" not in same.tensors and "repeats" in same.remarks[0]
+    other = FolderCheckpoint(write_model(tmp_path / "other", TENSORS, config=tied), source="other")
+    assert "lm_head.weight" in other.tensors and "differs" in other.remarks[0]
