@@ -44,6 +44,8 @@ def explain(error: BaseException) -> Failure:
 def report(error: BaseException, write: Callable[[str], None]) -> int:
     """Write the lines for `error` and return the exit code."""
     failure = explain(error)
+    if not failure.message:
+        return failure.exit_code
     if os.environ.get(DEBUG_VARIABLE):
         write("".join(traceback.format_exception(error)).rstrip())
     write(f"error: {failure.message}")
@@ -103,6 +105,18 @@ def _operating_system(error: BaseException) -> Failure | None:
     return None
 
 
+def _usage(error: BaseException) -> Failure | None:
+    """What the parser refuses; known by its shape, because typer's class has moved before."""
+    describe = getattr(error, "format_message", None)
+    if describe is None:
+        return None
+    if type(error).__name__ == "NoArgsIsHelpError":  # the help has been shown
+        return Failure("", "", 2)
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else "realign"
+    return Failure(" ".join(str(describe()).split()).rstrip("."), f"see: {path} --help", 2)
+
+
 def _unexpected(error: BaseException) -> Failure:
     detail = " ".join(str(error).split()) or "no further detail"
     return Failure(
@@ -119,4 +133,5 @@ _TABLE: tuple[tuple[type[BaseException], Callable[[BaseException], Failure | Non
     (ModuleNotFoundError, _missing_package),
     (OSError, _operating_system),
     (RuntimeError, _device_memory),
+    (Exception, _usage),
 )

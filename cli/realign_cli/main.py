@@ -5,6 +5,8 @@ Importing this module must stay fast: command modules import torch and the like 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -12,6 +14,10 @@ import typer
 from realign._version import __version__
 from realign_cli.command import FLAG, HelpOption
 from realign_cli.commands import audit, demo, lab, methods, repair, subspace
+from realign_cli.errors import report
+from realign_cli.sink import Sink
+
+_INTERRUPTED_WHILE_PARSING = 130
 
 app = typer.Typer(
     name="realign",
@@ -55,6 +61,21 @@ for _module in (demo, repair, audit, subspace, methods):
 app.add_typer(lab.group, name="lab")
 
 
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        arguments: what follows `realign`; None takes the process's own.
+    """
+    try:
+        code = app(args=arguments, prog_name="realign", standalone_mode=False)
+    except (Exception, KeyboardInterrupt) as error:
+        return report(error, Sink().fail)
+    if code == _INTERRUPTED_WHILE_PARSING:
+        return report(KeyboardInterrupt(), Sink().fail)
+    return int(code or 0)
+
+
 def main() -> None:
     """Run the command line."""
-    app(prog_name="realign")
+    sys.exit(run())

@@ -93,7 +93,8 @@ def _option_row(option: Any) -> str:
     names = ", ".join(f"`{name}`" for name in [*option.opts, *option.secondary_opts])
     value = f" `{option.metavar}`" if option.metavar else ""
     text = option.help or ""
-    default = "" if option.default in (None, False, ()) else f"`{option.default}`"
+    nothing = option.default is None or option.default is False or option.default == ()
+    default = "" if nothing else f"`{option.default}`"
     if "(default:" in text:
         text, _, own = text.partition("(default:")
         default = own.strip().removesuffix(")")
