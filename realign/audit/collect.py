@@ -7,10 +7,8 @@ appended to the record store, and what is already there is not computed again.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,6 @@ from realign.audit.canonical import prompt_hash, sha256_json, sha256_text
 from realign.audit.instruments import Generation
 from realign.audit.outcomes import Response
 from realign.audit.request import AuditRequest
-from realign.audit.schema import Role
 from realign.audit.store import RecordFile, RecordStore
 from realign.audit.suites import Suite
 from realign.errors import MismatchError
@@ -26,8 +23,6 @@ from realign.model.chat import encode
 from realign.model.generation import Reply, generate
 from realign.model.loading import LoadedModel, load_model
 from realign.model.scoring import (
-    AGREEMENTS,
-    REFUSALS,
     ReferenceTrace,
     kl_to_reference,
     record_reference,
@@ -36,85 +31,19 @@ from realign.model.scoring import (
 from realign.progress import Progress
 
 if TYPE_CHECKING:
-    from realign.checkpoint.reader import Checkpoint
+    pass
 
-LOGODDS_TOKENS = 5
-KL_POSITIONS = 16
-KL_ITEMS = 128
-"""Prompts per suite that the KL is measured on: its file holds positions x vocabulary numbers."""
+from realign.audit.records import (
+    KL_POSITIONS,
+    LOGODDS_TOKENS,
+    Demand,
+    KlRecord,
+    OpenedRole,
+    RoleRecords,
+    scorer_hash,
+)
+
 _SCORED_AT_ONCE = 64
-
-
-def scorer_hash(*, per_byte: bool) -> str:
-    """What identifies the refusal log-odds: both sets of openings, their length, the scale."""
-    return sha256_json(
-        {
-            "agreements": list(AGREEMENTS),
-            "k": LOGODDS_TOKENS,
-            "name": "refusal_logodds",
-            "per_byte": per_byte,
-            "refusals": list(REFUSALS),
-        }
-    )
-
-
-@dataclass(frozen=True)
-class OpenedRole:
-    """One model of the audit, opened and not loaded."""
-
-    role: Role
-    checkpoint: Checkpoint
-    digest: str
-    """SHA-256 over the hashes of all files that decide what the model says."""
-    files: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What is wanted of every model: suites to answer, suites to score."""
-
-    texts: tuple[Suite, ...]
-    scored: tuple[Suite, ...]
-    per_byte: bool
-    """Tokenizers differ between the models, so log-probabilities are taken per byte."""
-    kl: tuple[Suite, ...]
-
-
-@dataclass
-class KlRecord:
-    """The KL of one model from the reference on one suite."""
-
-    items: dict[str, list[float]]
-    clamped: int
-    dropped: float
-
-
-@dataclass
-class RoleRecords:
-    """Everything one model said."""
-
-    role: Role
-    facts: Mapping[str, Any]
-    """What settings resolved to: stop ids, template hash, dtype, device, attention."""
-    responses: dict[str, tuple[Response, ...]] = field(
-        default_factory=dict[str, tuple[Response, ...]]
-    )
-    """By suite, in item order."""
-    again: dict[str, tuple[Response, ...]] = field(default_factory=dict[str, tuple[Response, ...]])
-    """The same with batch size 1, where the noise floor is measured."""
-    logodds: dict[str, dict[str, float]] = field(default_factory=dict[str, dict[str, float]])
-    """By suite and item id, nats."""
-    logodds_reason: str = ""
-    kl: dict[str, KlRecord] = field(default_factory=dict[str, KlRecord])
-    kl_reason: str = ""
-    reused: int = 0
-    """Records that an earlier run had made."""
-
-
-def digest_of(files: Mapping[str, str]) -> str:
-    """One digest over file hashes, in the form of `content_digest`."""
-    lines = [(name.encode("utf-8"), f"{sha}  {name}\n") for name, sha in files.items()]
-    return hashlib.sha256("".join(line for _, line in sorted(lines)).encode("utf-8")).hexdigest()
 
 
 class Collector:

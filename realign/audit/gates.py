@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from realign.audit.comparisons import Key
 from realign.audit.instruments import ASR, KL, LOGODDS, NON_REFUSAL
 from realign.audit.outcomes import Outcome, Scores
+from realign.audit.pairing import Key
 from realign.audit.policy import (
     EXACT_JUDGES,
     Gate,

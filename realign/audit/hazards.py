@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-from realign.audit.comparisons import COMPARISONS, Key, Pairing
 from realign.audit.instruments import ASR
 from realign.audit.outcomes import Outcome, Scores
+from realign.audit.pairing import COMPARISONS, Key, Pairing
 from realign.audit.schema import HazardEntry, Role, Table
 from realign.audit.statistics.multiplicity import holm
 from realign.audit.statistics.paired import PairedTable, mcnemar_one_sided

@@ -222,6 +222,22 @@ def parse_policy(text: str, *, path: str | None = None) -> Policy:
         raise PolicyError(f"{name}: {_first_fault(error, raw)}", _hint(error)) from error
 
 
+def check_margins(policy: Policy) -> None:
+    """Refuse margins that no rate can have.
+
+    Raises:
+        PolicyError: a margin of 1 or more on a metric that is a rate.
+    """
+    for gate in policy.gate:
+        if not isinstance(gate, MarginGate) or gate.metric in ("refusal_logodds", "kl"):
+            continue
+        if gate.margin >= 1.0:
+            raise PolicyError(
+                f"gate {gate.id!r}: margin {gate.margin} of a rate must be below 1",
+                "margins are fractions: 0.03 is three percentage points",
+            )
+
+
 def check_rules(policy: Policy, suites: Iterable[Suite]) -> None:
     """Whether `oracle`, where the policy names it, can judge every gated suite.
 

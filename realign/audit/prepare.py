@@ -12,11 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realign.audit.anchors import core_anchors
-from realign.audit.comparisons import check_margins
 from realign.audit.contamination import PromptIndex, overlap
 from realign.audit.instruments import ASR, JUDGE_NAMES, METRICS, judges_for
 from realign.audit.oracle import oracle_judge
-from realign.audit.policy import EXACT_JUDGES, MarginGate, check_reference, check_rules
+from realign.audit.policy import (
+    EXACT_JUDGES,
+    MarginGate,
+    check_margins,
+    check_reference,
+    check_rules,
+)
 from realign.audit.request import AuditRequest
 from realign.audit.schema import Role
 from realign.audit.statistics.intervals import ALPHA

@@ -51,6 +51,9 @@ class AuditRequest:
     """None: what the suite asks for, else 512."""
     keep_texts: bool = False
     """Keep prompts' responses in `out/responses` (mode 0600); else they are deleted at the end."""
+    records: Path | None = None
+    """Keep answers here instead, for several audits of the same models to share; then they are not
+    deleted at the end. They hold texts."""
     weights: bool = True
     """Also measure weight-space drift."""
     kl: bool = True

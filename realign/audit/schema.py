@@ -432,6 +432,7 @@ class Weights(_Part):
         validation_alias=AliasChoices("global", "global_"),
         serialization_alias="global",
     )
+    global_reason: str | None = None
     per_module: tuple[WeightRow, ...] = ()
     per_layer: tuple[WeightRow, ...] = ()
     unmatched: tuple[str, ...] = ()

@@ -135,6 +135,7 @@ class RecordStore:
         """
         path = self.folder.parent / LOCK
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except OSError as error:
             raise _cannot_write(path, error) from error

@@ -8,16 +8,16 @@ that shows these numbers says that they are not validated.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from realign.audit.schema import Role, WeightGroup, WeightRow, Weights
 from realign.checkpoint.headers import FLOATS
-from realign.checkpoint.matching import Slot, TensorPair, match
+from realign.checkpoint.names import Slot, TensorRole, classify, slots_of
 from realign.checkpoint.reader import Checkpoint
-from realign.errors import MismatchError, NonFiniteError
+from realign.errors import NonFiniteError
 from realign.progress import SILENT, Progress
 from realign.subspace.drift import (
     DriftMetrics,
@@ -25,9 +25,10 @@ from realign.subspace.drift import (
     distance_terms,
     drift_table,
     matrix_drift,
-    merge,
 )
 
+NORM = "norm"
+"""The row under which norms and biases stand."""
 NOT_VALIDATED = "weight screening: NOT validated"
 MOST_UNMATCHED = 0.01
 """Share of parameters that may be unmatched before the global values are withheld."""
@@ -48,132 +49,119 @@ def measure_weights(
     base: Checkpoint | None = None,
     spectra: bool = True,
     progress: Progress = SILENT,
-) -> Weights | str:
-    """The drift of every subject from the reference.
+) -> Weights:
+    """The drift of every subject from the reference, matched by tensor name.
 
     Args:
         reference: the aligned model.
-        subjects: by role; usually the subject and the repaired model.
+        subjects: by role; at least one, usually the subject and the repaired model.
         base: its pretrained ancestor; without one, only the metrics of the task vector are there.
         spectra: also decompose the task vector (entropy, ranks, principal angles).
-        progress: counts matrices.
+        progress: counts tensors.
 
     Returns:
-        The section of the report, or in words why there is none.
+        The section of the report. What does not match by name and shape is listed in it; where that
+        is more than 1 % of the parameters, the global values are null with a reason.
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity; names it.
     """
-    groups: list[WeightGroup] = []
-    for role, subject in subjects.items():
-        try:
-            groups.append(
-                _group(
-                    role,
-                    _Trio(reference, subject, base),
-                    spectra=spectra,
-                    progress=progress,
-                )
-            )
-        except MismatchError as error:
-            return error.message
-    if not groups:
-        return "no model to compare with the reference"
+    assert subjects, "no model to compare with the reference"
+    groups = tuple(
+        _group(role, _Trio(reference, subject, base), spectra=spectra, progress=progress)
+        for role, subject in subjects.items()
+    )
     first = groups[0]
-    total = first.total
     return Weights(
         status="not_validated",
         line=NOT_VALIDATED,
-        global_={} if total is None else _numbers(total),
+        global_={} if first.total is None else _numbers(first.total),
+        global_reason=first.total_reason,
         per_module=first.per_module,
         per_layer=first.per_layer,
         unmatched=first.unmatched,
         skipped=first.skipped,
-        groups=tuple(groups),
+        groups=groups,
     )
 
 
 def _group(role: Role, trio: _Trio, *, spectra: bool, progress: Progress) -> WeightGroup:
-    others = {"aligned": trio.reference}
-    if trio.base is not None:
-        others["base"] = trio.base
-    pairs = match(trio.subject, others, scope="matrices").pairs
     rows: list[MatrixDrift] = []
     vocabulary: list[MatrixDrift] = []
     skipped: list[str] = []
-    matched = 0
-    with progress.task(f"weights of {role}", total=len(pairs), unit="tensors") as task:
-        for pair in pairs:
-            found = list(_drift_of(pair, trio, spectra=spectra))
-            _require_finite(found, role, trio)
-            if found:
-                matched += math.prod(trio.subject.tensors[pair.role.name].shape)
-                (vocabulary if pair.role.kind in _VOCABULARY else rows).extend(found)
+    unmatched = sorted(set(trio.reference.tensors) - set(trio.subject.tensors))
+    lost = sum(trio.reference.tensors[name].numel for name in unmatched)
+    roles = classify(trio.subject)
+    with progress.task(f"weights of {role}", total=len(roles), unit="tensors") as task:
+        for each in roles.values():
+            here = trio.subject.tensors[each.name]
+            if not _matches(each, trio):
+                unmatched.append(each.name)
+                lost += here.numel
+            elif each.kind in ("router", "buffer", "other"):
+                skipped.append(f"{each.name}: {each.kind}")
             else:
-                skipped.append(f"{pair.role.name}: {pair.reason}")
+                found = list(_drift_of(each, trio, spectra=spectra))
+                _require_finite(found, role, trio)
+                (vocabulary if each.kind in _VOCABULARY else rows).extend(found)
             task.advance()
-    names = {pair.role.name for pair in pairs}
-    unmatched = sorted(
-        (names - set(trio.reference.tensors)) | (set(trio.reference.tensors) - names)
-    )
-    parameters = sum(info.numel for info in trio.subject.tensors.values())
-    lost = 1.0 - matched / parameters if parameters else 0.0
+    share = lost / max(1, sum(info.numel for info in trio.subject.tensors.values()))
     table = drift_table(rows)
-    complete = lost <= MOST_UNMATCHED and bool(rows)
+    complete = share <= MOST_UNMATCHED and bool(rows)
+    reason = f"{min(share, 1.0):.1%} of the parameters do not match by name and shape"
     return WeightGroup(
         role=role,
         total=_row("global", table.overall) if complete else None,
-        total_reason=None if complete else f"{lost:.1%} of the parameters are not matched",
+        total_reason=None if complete else reason if rows or share else "there are no matrices",
         per_module=(
             *(_row(name, metrics) for name, metrics in table.by_module.items()),
             *(_row(row.module, row.terms.metrics()) for row in vocabulary),
         ),
         per_layer=tuple(_row(str(layer), metrics) for layer, metrics in table.by_layer.items()),
         per_matrix=tuple(
-            _row(row.key, merge([row.terms]).metrics())
-            for row in (*rows, *vocabulary)
-            if row.module != "norm"
+            _row(row.key, row.terms.metrics()) for row in (*rows, *vocabulary) if row.module != NORM
         ),
         skipped=tuple(skipped),
-        unmatched=tuple(unmatched),
+        unmatched=tuple(sorted(unmatched)),
     )
 
 
-def _drift_of(pair: TensorPair, trio: _Trio, *, spectra: bool) -> Iterator[MatrixDrift]:
+def _matches(each: TensorRole, trio: _Trio) -> bool:
+    """Whether the reference has the same tensor; vocabularies may differ in length."""
+    here, there = trio.subject.tensors[each.name], trio.reference.tensors.get(each.name)
+    if there is None or (here.dtype in FLOATS) != (there.dtype in FLOATS):
+        return False
+    first = 1 if each.kind in _VOCABULARY else 0
+    return len(here.shape) == len(there.shape) and here.shape[first:] == there.shape[first:]
+
+
+def _drift_of(each: TensorRole, trio: _Trio, *, spectra: bool) -> Iterator[MatrixDrift]:
     """The rows of one tensor: its matrices, or the plain distance of a norm or bias."""
-    name, kind = pair.role.name, pair.role.kind
-    if kind in _VOCABULARY and pair.action == "edit":
-        common = pair.common_rows or trio.subject.tensors[name].shape[0]
+    name = each.name
+    if each.kind in ("norm", "bias"):
+        # Norms and biases have no singular vectors: they count in the distance alone.
+        terms = distance_terms(reference=trio.reference.read(name), subject=trio.subject.read(name))
+        yield MatrixDrift(key=name, module=NORM, layer=each.layer, terms=terms)
+        return
+    shape = trio.reference.tensors[name].shape
+    there = None if trio.base is None else trio.base.tensors.get(name)
+    if each.kind in _VOCABULARY:
+        common = min(shape[0], trio.subject.tensors[name].shape[0])
+        fits = there is not None and there.shape[0] >= common and there.shape[1:] == shape[1:]
+        slots = (Slot(name, name, _VOCABULARY[each.kind], None, (0, common), transposed=False),)
+    else:
+        fits = there is not None and there.shape == shape
+        slots = slots_of(trio.subject, name)
+    for slot in slots:
         yield matrix_drift(
-            key=name,
-            module=_VOCABULARY[kind],
-            layer=None,
-            reference=trio.reference.read(name, (0, common)),
-            subject=trio.subject.read(name, (0, common)),
-            base=None if trio.base is None else trio.base.read(name, (0, common)),
+            key=slot.key,
+            module=slot.module,
+            layer=slot.layer,
+            reference=_read(trio.reference, slot),
+            subject=_read(trio.subject, slot),
+            base=_read(trio.base, slot) if trio.base is not None and fits else None,
             spectra=spectra,
         )
-    elif pair.action == "edit":
-        for slot in pair.slots:
-            read = _reader(slot)
-            yield matrix_drift(
-                key=slot.key,
-                module=slot.module,
-                layer=slot.layer,
-                reference=read(trio.reference),
-                subject=read(trio.subject),
-                base=None if trio.base is None else read(trio.base),
-                spectra=spectra,
-            )
-    elif kind in ("norm", "bias"):
-        there = trio.reference.tensors.get(name)
-        here = trio.subject.tensors[name]
-        if there is not None and there.shape == here.shape and there.dtype in FLOATS:
-            # Norms and biases have no singular vectors: they count in the distance alone.
-            terms = distance_terms(
-                reference=trio.reference.read(name), subject=trio.subject.read(name)
-            )
-            yield MatrixDrift(key=name, module="norm", layer=pair.role.layer, terms=terms)
 
 
 def _require_finite(rows: Sequence[MatrixDrift], role: Role, trio: _Trio) -> None:
@@ -192,12 +180,15 @@ def _require_finite(rows: Sequence[MatrixDrift], role: Role, trio: _Trio) -> Non
                 )
 
 
-def _reader(slot: Slot) -> Callable[[Checkpoint], Tensor]:
-    def read(checkpoint: Checkpoint) -> Tensor:
-        stored = checkpoint.read(slot.tensor, slot.rows)
+def _read(checkpoint: Checkpoint, slot: Slot) -> Tensor:
+    """One logical matrix [d_out, d_in] in its dtype on disk."""
+    if len(checkpoint.tensors[slot.tensor].shape) == 3:  # one expert of a stack
+        stored = checkpoint.read(slot.tensor, slot.rows)[0]
         return stored.T if slot.transposed else stored
-
-    return read
+    if slot.transposed:
+        whole = checkpoint.read(slot.tensor).T
+        return whole if slot.rows is None else whole[slot.rows[0] : slot.rows[1]]
+    return checkpoint.read(slot.tensor, slot.rows)
 
 
 def _row(key: str, metrics: DriftMetrics) -> WeightRow:

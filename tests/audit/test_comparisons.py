@@ -16,10 +16,11 @@ from support.audit_support import (
     two_by_two,
 )
 
-from realign.audit.comparisons import check_margins, family_entries, pair_columns
+from realign.audit.families import family_entries
 from realign.audit.hazards import hazard_entries, relative_band
 from realign.audit.outcomes import Scores
-from realign.audit.policy import Policy
+from realign.audit.pairing import pair_columns
+from realign.audit.policy import Policy, check_margins
 from realign.audit.rates import mean_entry
 from realign.errors import PolicyError, UsageError
 

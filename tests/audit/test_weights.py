@@ -23,10 +23,14 @@ EMBED = "model.embed_tokens.weight"
 
 
 def write(
-    folder: Path, tensors: dict[str, torch.Tensor], *, dtype: torch.dtype = torch.float32
+    folder: Path,
+    tensors: dict[str, torch.Tensor],
+    *,
+    dtype: torch.dtype = torch.float32,
+    config: dict[str, object] | None = None,
 ) -> FolderCheckpoint:
     folder.mkdir()
-    config = {"model_type": "llama", "hidden_size": 3, "num_hidden_layers": 2}
+    config = config or {"model_type": "llama", "hidden_size": 3, "num_hidden_layers": 2}
     (folder / "config.json").write_text(json.dumps(config))
     save_file(
         {name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()},
@@ -57,9 +61,7 @@ def trio(
 def measured(
     base: FolderCheckpoint, reference: FolderCheckpoint, subject: FolderCheckpoint
 ) -> Weights:
-    weights = measure_weights(reference=reference, subjects={"subject": subject}, base=base)
-    assert isinstance(weights, Weights)
-    return weights
+    return measure_weights(reference=reference, subjects={"subject": subject}, base=base)
 
 
 def test_the_vectors_through_real_files(tmp_path: Path) -> None:
@@ -105,12 +107,11 @@ def test_small_deltas_of_bf16_weights_are_recovered_and_flagged(tmp_path: Path) 
     reference = write(tmp_path / "reference", names, dtype=torch.bfloat16)
     subject = write(tmp_path / "subject", moved, dtype=torch.bfloat16)
     weights = measure_weights(reference=reference, subjects={"subject": subject})
-    assert isinstance(weights, Weights)
     (row,) = weights.groups[0].per_matrix
     assert row.relative_distance == pytest.approx(0.5 / 256, abs=1e-9)
     tiny = write(tmp_path / "same", names, dtype=torch.bfloat16)
     again = measure_weights(reference=reference, subjects={"subject": tiny})
-    assert isinstance(again, Weights) and again.groups[0].per_matrix[0].relative_distance == 0.0
+    assert again.groups[0].per_matrix[0].relative_distance == 0.0
     assert row.alignment_retained is None  # no base
 
 
@@ -120,17 +121,47 @@ def test_resized_vocabularies_share_rows_and_extra_tensors_are_listed(tmp_path: 
     longer = torch.cat([torch.ones(4, 3), torch.full((2, 3), 9.0)])
     subject = write(tmp_path / "s", {Q: matrix, EMBED: longer, "extra.bias": torch.ones(1)})
     weights = measure_weights(reference=reference, subjects={"subject": subject})
-    assert isinstance(weights, Weights)
     rows = {row.key: row for row in weights.groups[0].per_matrix}
     assert rows[EMBED].relative_distance == 0.0
     assert weights.unmatched == ("extra.bias",)
+    assert weights.groups[0].total is None  # one of 28 numbers is more than 1 %
 
 
 def test_other_architectures_are_no_error_and_no_number(tmp_path: Path) -> None:
     reference = write(tmp_path / "r", {Q: torch.ones(3, 3)})
     subject = write(tmp_path / "s", {Q: torch.ones(3, 4)})
-    reason = measure_weights(reference=reference, subjects={"subject": subject})
-    assert isinstance(reason, str) and Q in reason
+    weights = measure_weights(reference=reference, subjects={"subject": subject})
+    assert weights.unmatched == (Q,) and weights.global_ == {}
+    assert weights.global_reason == "100.0% of the parameters do not match by name and shape"
+
+
+def test_fused_transposed_and_stacked_matrices_are_measured_one_by_one(tmp_path: Path) -> None:
+    """GPT-2 stores [d_in, 3 d_out]; a stack of experts is [experts, d_out, d_in]."""
+    generator = torch.Generator().manual_seed(0)
+    fused = torch.randn(4, 12, generator=generator)
+    delta = torch.zeros(4, 12)
+    delta[:, 4:8] = torch.eye(4)  # only the keys move
+    config = {"model_type": "gpt2", "n_embd": 4, "n_head": 2, "n_layer": 1}
+    name = "h.0.attn.c_attn.weight"
+    reference = write(tmp_path / "r", {name: fused}, config=config)
+    subject = write(tmp_path / "s", {name: fused + delta}, config=config)
+    weights = measure_weights(reference=reference, subjects={"subject": subject})
+    moved = {row.key: row.relative_distance for row in weights.groups[0].per_matrix}
+    expected = 2.0 / float(fused[:, 4:8].norm())
+    assert moved == {
+        f"{name}[q_proj]": 0.0,
+        f"{name}[k_proj]": pytest.approx(expected, abs=1e-6),
+        f"{name}[v_proj]": 0.0,
+    }
+    experts = torch.randn(2, 3, 3, generator=generator)
+    bumped = experts.clone()
+    bumped[1] += torch.eye(3)
+    stack = "model.layers.0.mlp.experts.up_proj"
+    reference = write(tmp_path / "r3", {stack: experts})
+    subject = write(tmp_path / "s3", {stack: bumped})
+    weights = measure_weights(reference=reference, subjects={"subject": subject})
+    moved = {row.key: row.relative_distance for row in weights.groups[0].per_matrix}
+    assert moved[f"{stack}[e0]"] == 0.0 and (moved[f"{stack}[e1]"] or 0.0) > 0.0
 
 
 def test_a_broken_tensor_is_named(tmp_path: Path) -> None:

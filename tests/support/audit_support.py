@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from realign.audit.comparisons import Key, Pairing, comparison_entries, family_entries, pair_all
+from realign.audit.comparisons import comparison_entries
+from realign.audit.families import family_entries
 from realign.audit.gates import Results
 from realign.audit.instruments import Generation, Instrument, JudgeIdentity
 from realign.audit.judges import ExactMatchJudge, keyword_judge
 from realign.audit.oracle import load_rule, oracle_judge
 from realign.audit.outcomes import Outcome, Response, Scores, judge_responses, outcomes_of
+from realign.audit.pairing import Key, Pairing, pair_all
 from realign.audit.policy import Policy, parse_policy
 from realign.audit.rates import agreement_entries
 from realign.audit.schema import ComparisonEntry, Role
