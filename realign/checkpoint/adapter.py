@@ -54,7 +54,9 @@ class _Change:
     """All that an adapter does to one effective tensor, in the order in which it is done."""
 
     replaced: TensorInfo | None = None
-    """Trained whole: read from the adapter."""
+    """Trained whole, or saved with its LoRA: read from the adapter."""
+    own: bool = False
+    """Trained whole, as a copy that no longer serves the other side of a tie."""
     base_name: str | None = None
     """The base tensor to start from, where it has another name."""
     tokens: tuple[TensorInfo, tuple[int, ...]] | None = None
@@ -204,7 +206,8 @@ class AdapterCheckpoint(Checkpoint):
     def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
         """The adapter's own files by name, the base's as "base/NAME". Computed once."""
         if self._hashes is None:
-            own = hash_files(self.folder, self.weight_files[-1:], progress)
+            files = (self.weight_files[-1], self.folder / ADAPTER_CONFIG)
+            own = hash_files(self.folder, files, progress)
             base = self.base.file_hashes(progress)
             self._hashes = MappingProxyType(
                 {**own, **{f"base/{name}": digest for name, digest in base.items()}}
@@ -243,8 +246,11 @@ class _Pairing:
         if ".original_module." in plain:
             return
         plain = plain.replace(".modules_to_save.default.", ".").replace(".modules_to_save.", ".")
+        under_lora = ".base_layer." in plain
         plain = plain.replace(".base_layer.", ".")
         name = self._resolve(plain)
+        if name is None and under_lora:
+            name = self._tied_head(plain.removesuffix(".weight"))
         if name is None and plain.split(".")[-2:] == [_HEAD, "weight"]:
             name = plain  # a tied head that was trained on its own; settled in `_settle_ties`
         if name is None:
@@ -252,7 +258,8 @@ class _Pairing:
         have = self._base.tensors.get(name)
         if have is not None and have.shape != info.shape and not _resized(have, info):
             raise self._misfit(plain, info, have)
-        self._change(name).replaced = info
+        change = self._change(name)
+        change.replaced, change.own = info, not under_lora
 
     def _change(self, name: str) -> _Change:
         return self._changes.setdefault(name, _Change())
@@ -386,7 +393,7 @@ def _settle_ties(
             del changes[head]
             return {}
         return {"tie_word_embeddings": False}
-    if embedded is not None and embedded.replaced is not None and not lora.ties_weights:
+    if embedded is not None and embedded.own and not lora.ties_weights:
         # The trained copy serves the input only; peft leaves the base's matrix in the head.
         changes[f"{_HEAD}.weight"] = _Change(base_name=embedding)
         return {"tie_word_embeddings": False}

@@ -137,11 +137,11 @@ class FolderCheckpoint(Checkpoint):
 
 
 def hash_files(
-    folder: Path, weights: tuple[Path, ...], progress: Progress = SILENT
+    folder: Path, others: tuple[Path, ...], progress: Progress = SILENT
 ) -> Mapping[str, str]:
-    """SHA-256 of the weight files and of the small files beside them, by relative name."""
+    """SHA-256 of the small files of a folder and of `others` in it, by relative name."""
     small = folder_sidecars(folder).values()
-    files = sorted({*weights, *small})
+    files = sorted({*others, *small})
     with progress.task(
         f"hash {folder.name}", total=sum(f.stat().st_size for f in files), unit="B"
     ) as task:

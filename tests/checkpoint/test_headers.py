@@ -131,7 +131,7 @@ def test_a_broken_file_is_refused_with_its_name_and_a_next_step(tmp_path: Path, 
     content, message = BROKEN[name]
     path = tmp_path / "model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(HeaderError, match="model.safetensors") as caught:
+    with pytest.raises(HeaderError, match=r"model\.safetensors") as caught:
         read_header(path)
     assert message in caught.value.message
     assert caught.value.hint
@@ -212,7 +212,7 @@ def test_any_json_as_header_is_read_or_refused(tmp_path: Path, header: Any) -> N
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(HeaderError, match="gone.safetensors"):
+    with pytest.raises(HeaderError, match=r"gone\.safetensors"):
         read_header(tmp_path / "gone.safetensors")
 
 

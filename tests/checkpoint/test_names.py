@@ -1,0 +1,197 @@
+"""Roles and logical matrices on models that transformers itself has saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoint_support import LLAMA, write_model
+
+from realign.checkpoint.names import Slot, TensorRole, classify, fusion_remark, role_of, slots_of
+from realign.checkpoint.reader import Checkpoint, open_checkpoint
+
+Saved = Callable[[str], Path]
+
+
+def roles_in(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Kind and module by name, the second layer left out."""
+    roles: Mapping[str, TensorRole] = classify(checkpoint)
+    return {
+        name: (role.kind, role.module) for name, role in roles.items() if role.layer in {None, 0}
+    }
+
+
+def linear_modules(checkpoint: Checkpoint) -> set[str]:
+    return {m for kind, m in roles_in(checkpoint).values() if kind == "block_linear"}
+
+
+def test_llama(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("llama")) as checkpoint:
+        roles = roles_in(checkpoint)
+        assert roles["model.embed_tokens.weight"] == ("embedding", "embed_tokens")
+        assert roles["lm_head.weight"] == ("head", "lm_head")
+        assert roles["model.norm.weight"] == ("norm", "norm")
+        assert roles["model.layers.0.input_layernorm.weight"] == ("norm", "input_layernorm")
+        assert linear_modules(checkpoint) == {
+            "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+        }  # fmt: skip
+        assert {role.layer for role in classify(checkpoint).values()} == {None, 0, 1}
+
+
+def test_tied_models_store_no_head(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("llama-tied")) as checkpoint:
+        assert "head" not in {kind for kind, _ in roles_in(checkpoint).values()}
+
+
+def test_qwen2_biases(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("qwen2")) as checkpoint:
+        roles = roles_in(checkpoint)
+        assert roles["model.layers.0.self_attn.q_proj.bias"] == ("bias", "q_proj")
+        assert roles["model.layers.0.self_attn.q_proj.weight"] == ("block_linear", "q_proj")
+
+
+def test_gpt2_is_stored_transposed(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("gpt2")) as checkpoint:
+        assert linear_modules(checkpoint) == {"c_attn", "c_proj", "c_fc"}
+        roles = roles_in(checkpoint)
+        assert (
+            roles["transformer.wte.weight"][0] == roles["transformer.wpe.weight"][0] == "embedding"
+        )
+        assert roles["transformer.h.0.ln_1.weight"] == ("norm", "ln_1")
+        assert roles["transformer.ln_f.weight"] == ("norm", "ln_f")
+        assert roles["transformer.h.0.ln_1.bias"][0] == "bias"
+        name = "transformer.h.0.mlp.c_fc.weight"
+        assert slots_of(checkpoint, name) == (Slot(name, name, "c_fc", 0, None, True),)
+        name = "transformer.h.0.attn.c_attn.weight"
+        assert checkpoint.tensors[name].shape == (16, 48)
+        assert slots_of(checkpoint, name) == tuple(
+            Slot(f"{name}[{part}]", name, part, 0, rows, True)
+            for part, rows in (("q_proj", (0, 16)), ("k_proj", (16, 32)), ("v_proj", (32, 48)))
+        )
+
+
+def test_phi3_is_split_as_its_own_code_splits_it(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("phi3")) as checkpoint:
+        name = "model.layers.1.self_attn.qkv_proj.weight"
+        assert slots_of(checkpoint, name) == tuple(
+            Slot(f"{name}[{part}]", name, part, 1, rows, False)
+            for part, rows in (("q_proj", (0, 16)), ("k_proj", (16, 24)), ("v_proj", (24, 32)))
+        )
+        name = "model.layers.0.mlp.gate_up_proj.weight"
+        assert [(slot.module, slot.rows) for slot in slots_of(checkpoint, name)] == [
+            ("gate_proj", (0, 24)),
+            ("up_proj", (24, 48)),
+        ]
+
+
+def test_an_interleaved_projection_stays_whole_and_says_so(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("gpt_neox")) as checkpoint:
+        name = "gpt_neox.layers.0.attention.query_key_value.weight"
+        slots = slots_of(checkpoint, name)
+        assert [slot.rows for slot in slots] == [None]
+        assert "interleaved" in fusion_remark(role_of(checkpoint.tensors[name]), slots)
+        assert roles_in(checkpoint)["embed_out.weight"][0] == "head"
+        assert roles_in(checkpoint)["gpt_neox.embed_in.weight"][0] == "embedding"
+
+
+def test_mixtral_routers_are_no_linear_layers(saved_model: Saved) -> None:
+    with open_checkpoint(saved_model("mixtral")) as checkpoint:
+        kinds = {name: kind for name, (kind, _) in roles_in(checkpoint).items()}
+        routers = [name for name, kind in kinds.items() if kind == "router"]
+        assert len(routers) == 1 and "gate.weight" in routers[0]
+        experts = [name for name in kinds if ".experts." in name]
+        assert experts and all(kinds[name] == "block_linear" for name in experts)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "shape", "transposed"),
+    [
+        ("qwen3_moe", "gate_up_proj", (3, 24, 8), False),
+        ("qwen3_moe", "down_proj", (3, 8, 12), False),
+        ("gpt_oss", "gate_up_proj", (3, 8, 24), True),
+        ("gpt_oss", "down_proj", (3, 12, 8), True),
+        ("gpt_oss", "down_proj", (3, 8, 8), True),
+        ("qwen3_moe", "down_proj", (3, 8, 8), False),
+    ],
+)
+def test_a_stack_of_experts_is_one_matrix_each(
+    tmp_path: Path, model_type: str, module: str, shape: tuple[int, ...], transposed: bool
+) -> None:
+    name = f"model.layers.0.mlp.experts.{module}"
+    write_model(tmp_path, {name: torch.ones(shape)}, config={**LLAMA, "model_type": model_type})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert classify(checkpoint)[name] == TensorRole(name, "block_linear", module, 0)
+        assert slots_of(checkpoint, name) == tuple(
+            Slot(f"{name}[e{e}]", name, module, 0, (e, e + 1), transposed) for e in range(3)
+        )
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "split"),
+    [
+        ({"model_type": "falcon", "multi_query": True}, 8 + 2 * 4, True),
+        ({"model_type": "falcon", "multi_query": False}, 24, False),
+        ({"model_type": "falcon", "new_decoder_architecture": True}, 24, False),
+        ({"model_type": "bloom", "n_head": 2}, 24, False),
+    ],
+)
+def test_fused_attention_of_other_families(
+    tmp_path: Path, config: dict[str, object], rows: int, split: bool
+) -> None:
+    name = "transformer.h.0.self_attention.query_key_value.weight"
+    plain = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}
+    write_model(tmp_path, {name: torch.ones(rows, 8)}, config={**plain, **config})
+    with open_checkpoint(tmp_path) as checkpoint:
+        slots = slots_of(checkpoint, name)
+    assert len(slots) == (3 if split else 1)
+    if split:
+        assert [slot.rows for slot in slots] == [(0, 8), (8, 12), (12, 16)]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "kind"),
+    [
+        ("model.layers.3.self_attn.rotary_emb.inv_freq", (4,), torch.float32, "buffer"),
+        ("transformer.h.0.attn.bias", (1, 1, 8, 8), torch.float32, "buffer"),
+        ("transformer.h.0.attn.masked_bias", (), torch.float32, "buffer"),
+        ("model.layers.0.mlp.experts.gate_up_proj_bias", (3, 8), torch.float32, "bias"),
+        ("model.layers.0.mlp.gate.e_score_correction_bias", (3,), torch.float32, "router"),
+        ("model.layers.0.block_sparse_moe.router.layer.weight", (3, 8), torch.float32, "router"),
+        ("model.layers.0.mlp.shared_expert_gate.weight", (1, 8), torch.float32, "router"),
+        ("model.layers.0.self_attn.q_norm.weight", (4,), torch.float32, "norm"),
+        ("model.layers.0.mixer.A_log", (8, 4), torch.float32, "other"),
+        ("model.layers.0.mixer.conv1d.weight", (8, 1, 4), torch.float32, "other"),
+        ("model.layers.0.mixer.D", (8,), torch.float32, "other"),
+        ("model.layers.0.self_attn.q_proj.weight", (8, 8), torch.int8, "buffer"),
+        ("model.visual.blocks.0.attn.proj.weight", (8, 8), torch.float32, "other"),
+        ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", (8, 8), torch.float32, "other"),
+        ("model.language_model.layers.0.mlp.up_proj.weight", (8, 8), torch.float32, "block_linear"),
+        ("score.weight", (2, 8), torch.float32, "other"),
+    ],
+)
+def test_kinds_by_name(
+    tmp_path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str
+) -> None:
+    write_model(tmp_path, {name: torch.ones(shape, dtype=dtype)})
+    with open_checkpoint(tmp_path) as checkpoint:
+        assert classify(checkpoint)[name].kind == kind
+
+
+def test_splitting_covers_every_row_once(saved_model: Saved) -> None:
+    for family in ("phi3", "gpt2", "gpt_neox", "llama", "mixtral"):
+        with open_checkpoint(saved_model(family)) as checkpoint:
+            keys: list[str] = []
+            for name, role in classify(checkpoint).items():
+                slots = slots_of(checkpoint, name)
+                keys += [slot.key for slot in slots]
+                if role.kind != "block_linear" or slots[0].rows is None:
+                    continue
+                shape = checkpoint.tensors[name].shape
+                at = 0
+                for slot in slots:
+                    assert slot.rows is not None and slot.rows[0] == at
+                    at = slot.rows[1]
+                assert at == shape[1 if slots[0].transposed and len(shape) == 2 else 0]
+            assert len(keys) == len(set(keys))
