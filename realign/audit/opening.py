@@ -40,7 +40,7 @@ def open_all(
     opened: list[OpenedRole] = []
     reference: Checkpoint | None = None
     for role, source in request.sources().items():
-        checkpoint = _open(source, stack, base=reference, request=request, progress=progress)
+        checkpoint = _open(source, stack, request=request, progress=progress)
         if role == "reference":
             reference = checkpoint
             check_opened(request, reference)
@@ -52,7 +52,7 @@ def open_all(
         check_opened(request, None)
     base = None
     if request.base is not None:
-        base = _open(request.base, stack, base=None, request=request, progress=progress)
+        base = _open(request.base, stack, request=request, progress=progress)
         state.models["base"] = _model_entry(base, base.file_hashes(progress))
     return opened, base
 
@@ -61,15 +61,12 @@ def _open(
     source: str | Path | Checkpoint,
     stack: ExitStack,
     *,
-    base: Checkpoint | None,
     request: AuditRequest,
     progress: Progress,
 ) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source  # the caller's, and his to close
-    return stack.enter_context(
-        open_checkpoint(source, adapter_base=None, offline=request.offline, progress=progress)
-    )
+    return stack.enter_context(open_checkpoint(source, offline=request.offline, progress=progress))
 
 
 def demand_of(state: AuditState, opened: Sequence[OpenedRole]) -> Demand:

@@ -103,11 +103,9 @@ Gate = Annotated[
 
 
 class PolicyModels(_Strict):
-    """Which models the policy was written for."""
+    """Which reference the policy was written for."""
 
     reference: str | None = None
-    subject: str | None = None
-    base: str | None = None
 
 
 class PolicyJudges(_Strict):

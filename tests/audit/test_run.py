@@ -237,6 +237,23 @@ def test_kept_texts_are_private_and_reused(family: Path, tmp_path: Path) -> None
     assert third.models["subject"].reused == 0 and third.models["reference"].reused > 0
 
 
+def test_audits_can_share_what_the_same_models_said(family: Path, tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    task = make_suite(6, name="task", kind="task", rule=False, answer=lambda i: str(i))
+    settings: dict[str, Any] = {"suites": (task,), "records": shared, "weights": False}
+    first = run_audit(request(family, tmp_path / "a", **settings))
+    second = run_audit(request(family, tmp_path / "b", repaired=family / "base", **settings))
+    assert all(entry.reused == 0 for entry in first.models.values())
+    assert {role: entry.reused for role, entry in second.models.items()} == {
+        "reference": 6,
+        "subject": 6,
+        "repaired": 0,
+        "base": 0,
+    }
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["audit.json", "items.jsonl"]
+    assert (shared / "responses").is_dir()
+
+
 def test_a_policy_decides_the_exit_code(family: Path, tmp_path: Path) -> None:
     text = """
     schema = "realign/policy/1"
