@@ -40,7 +40,6 @@ from realign.repair.record import TensorRow, Totals, build_manifest, remarks, to
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 from realign.repair.stream import Editor, Piece, planned_keys, read_pieces
 from realign.repair.verify import check_changed, check_complete, check_written
-from realign.repair.workbench import ModelWorkbench
 
 BeforeCommit = Callable[[Path], None]
 
@@ -114,6 +113,8 @@ def repair(
 def _prepare(request: RepairRequest, plan: Plan, inputs: Inputs, progress: Progress) -> Statistics:
     if plan.anchors is None:
         return NO_STATISTICS
+    from realign.repair.workbench import ModelWorkbench  # heavy: it can run models
+
     return plan.method.prepare(ModelWorkbench(request, plan, inputs, progress=progress))
 
 

@@ -29,8 +29,8 @@ from realign.errors import (
     SuiteError,
     UsageError,
 )
-from realign.model.loading import pick_device
 from realign.progress import SILENT, Progress
+from realign.repair.devices import resolve_device
 from realign.repair.method import Method, Scope, settle_safety_vector
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
@@ -38,10 +38,13 @@ from realign.repair.request import Inputs, RepairRequest, open_inputs
 MIN_ANCHORS = 16
 """Fewer refused anchors say too little about where refusal lives."""
 
-INTERPRETER_BYTES = 330 * 2**20
-"""Resident size of Python with torch and transformers imported, before any tensor."""
+INTERPRETER_BYTES = 225 * 2**20
+"""Resident size of Python with torch imported, before any tensor."""
 
-STREAM_BYTES = 8 * 2**20
+MODEL_LIBRARY_BYTES = 150 * 2**20
+"""What transformers adds, where a model is run."""
+
+STREAM_BYTES = 4 * 2**20
 """Tensors that are copied or edited entry by entry are read in chunks of about this size."""
 
 
@@ -181,7 +184,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     scope = _scope(request.scope, method)
     used = {role: inputs.others[role] for role in sorted(method.required_roles())}
     _check_patch(request, method, inputs)
-    device = str(pick_device(request.device))
+    device = str(resolve_device(request.device))
     notes = [settled.note] if settled.note else []
     notes += [
         f"the {role} model is not read by {method.name} with these settings"
@@ -398,13 +401,14 @@ def _estimate(
     checkpoints = [finetuned, *used.values()]
     files = {file for checkpoint in checkpoints for file in checkpoint.weight_files}
     read += sum(file.stat().st_size for file in files)
-    # Chunks of every checkpoint, one being worked on and one read ahead, and the float32 scratch.
-    held = max(held, STREAM_BYTES * (2 * len(checkpoints) + 4))
+    # Measured: a set of chunks in work and one read ahead take three times their size, because the
+    # allocator keeps what two threads free; hashing and the libraries' own buffers take the rest.
+    held = max(held, STREAM_BYTES * 6 * len(checkpoints)) + 20 * 2**20
     if method.needs_anchors:
         model = sum(info.nbytes for info in used["aligned"].tensors.values())
         read += model
         # While they are collected, all moments are held; for the edit they are read one by one.
-        held = max(held, model + _moment_bytes(matching, finetuned))
+        held = max(held, model + _moment_bytes(matching, finetuned)) + MODEL_LIBRARY_BYTES
     return Estimate(
         read=read,
         written=0 if patch else written,

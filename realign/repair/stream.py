@@ -270,8 +270,8 @@ def _copies(
     shape = finetuned.tensors[name].shape
     for first, last in row_chunks((stop - start, *shape[1:]), per_chunk):
         rows = (start + first, start + last)
-        tensors = {"finetuned": read_rows(finetuned, name, rows)}
-        yield Piece(pair, rows[0], tensors, edit=False)
+        # No name for the tensor: the generator would hold it while the next one is read.
+        yield Piece(pair, rows[0], {"finetuned": read_rows(finetuned, name, rows)}, edit=False)
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tensor:

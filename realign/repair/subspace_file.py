@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from realign._version import __version__
@@ -29,8 +28,8 @@ from realign.checkpoint.manifest import content_digest
 from realign.checkpoint.matching import Slot, match, same_weights
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.errors import CheckpointError, NothingToDoError, OutputError, UsageError
-from realign.model.loading import pick_device
 from realign.progress import SILENT, Progress
+from realign.repair.devices import resolve_device
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.prefetch import Prefetch
 from realign.repair.stream import logical_matrix, read_slot
@@ -123,7 +122,7 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
         raise OutputError(f"{target} exists already", "choose another -o, or remove it first")
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target.parent} is not a folder", "make it first")
-    device = pick_device(request.device)
+    device = resolve_device(request.device)
     options: dict[str, Any] = {"offline": request.offline, "progress": progress}
     with (
         open_checkpoint(request.aligned, **options) as aligned,
@@ -250,14 +249,28 @@ def _family(checkpoint: Checkpoint) -> Family:
 
 
 def _save(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, all or nothing, with its metadata in a fixed order.
+
+    The reference library writes metadata in the order of a hash table: other bytes every time.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    at = 0
+    for name, tensor in tensors.items():
+        span = [at, at + tensor.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": span}
+        at += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode("utf-8")
+    text += b" " * (-len(text) % 8)
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        save_file(dict(tensors), partial, metadata=dict(metadata))
-        umask = os.umask(0)
-        os.umask(umask)
-        partial.chmod(0o666 & ~umask)  # the library makes files that only their owner can read
+        with partial.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for tensor in tensors.values():
+                stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
+            stream.flush()
+            os.fsync(stream.fileno())
         partial.replace(target)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise OutputError(f"{target} cannot be written: {error}", "is the disk full?") from error
     finally:
         partial.unlink(missing_ok=True)
