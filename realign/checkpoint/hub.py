@@ -146,7 +146,14 @@ def _download(reference: Reference, progress: Progress) -> Path:
             for name in wanted.all
         ]
     # Every file lies in the snapshot under its own relative name.
-    return places[0].parents[len(PurePosixPath(wanted.all[0]).parts) - 1]
+    snapshot = places[0].parents[len(PurePosixPath(wanted.all[0]).parts) - 1]
+    if reference.revision != commit:
+        # The client notes where a branch points only when asked by branch; we ask by commit, and
+        # without the note a later run could not find the branch offline.
+        note = snapshot.parents[1] / "refs" / (reference.revision or "main")
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(commit, encoding="utf-8")
+    return snapshot
 
 
 def _bar(task: Task) -> Any:
@@ -209,7 +216,10 @@ def _is_small(path: PurePosixPath) -> bool:
 
 
 def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:
-    suffixes = {PurePosixPath(name).suffix for name in names}
+    place = PurePosixPath(reference.subfolder or "")
+    paths = [PurePosixPath(name) for name in names]
+    suffixes = {path.suffix for path in paths if path.parent == place}
+    folders = sorted({str(p.parent) for p in paths if p.suffix == ".safetensors"} - {str(place)})
     if ".gguf" in suffixes:
         return (
             f"{reference.text} holds GGUF weights, which are quantised",
@@ -220,6 +230,11 @@ def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:
             f"{reference.text} holds only pickle weights; realign never unpickles",
             "look for a safetensors revision (such as refs/pr/1), or convert it in an isolated "
             "environment",
+        )
+    if folders:
+        return (
+            f"{reference.text} holds no safetensors weights at its top",
+            f"it has some in {', '.join(folders[:3])}: name hf://{reference.model}/{folders[0]}",
         )
     return f"{reference.text} holds no safetensors weights", "check the id and the subfolder"
 

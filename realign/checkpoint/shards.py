@@ -124,6 +124,8 @@ class ShardWriter:
         Raises:
             OutputError: the disk is full.
         """
+        if not rows.numel():
+            return
         self._skip_empty()
         spec = self._layout.tensors[self._at]
         assert name == spec.name, f"{name} was written where {spec.name} was due"

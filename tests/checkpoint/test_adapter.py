@@ -164,9 +164,7 @@ def written(checkpoint: AdapterCheckpoint, folder: Path) -> Any:
         metadata={"format": "pt"},
     )
     for name, content in checkpoint.sidecars().items():
-        (folder / name).write_bytes(
-            content if isinstance(content, bytes) else content.read_bytes()
-        )
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.read_bytes())
     return transformers.AutoModelForCausalLM.from_pretrained(folder)
 
 
