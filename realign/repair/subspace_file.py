@@ -266,7 +266,7 @@ def _save(target: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, st
         with partial.open("wb") as stream:
             stream.write(len(text).to_bytes(8, "little") + text)
             for tensor in tensors.values():
-                stream.write(tensor.reshape(-1).view(torch.uint8).numpy())
+                stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(target)

@@ -73,6 +73,16 @@ def test_bad_numbers_in_a_copied_tensor_are_found_too(trio_of, tmp_path: Path) -
     assert _nothing_left(tmp_path)
 
 
+def test_a_stored_mask_may_hold_infinity(trio_of, tmp_path: Path) -> None:
+    trio = trio_of("llama", torch.bfloat16)
+    shutil.copytree(trio.finetuned, tmp_path / "masked")
+    file = tmp_path / "masked" / "model.safetensors"
+    mask = {"model.layers.0.self_attn.bias": torch.full((1, 4, 4), -math.inf)}
+    save_file(load_file(file) | mask, file, metadata={"format": "pt"})
+    repair(_request(trio, tmp_path / "out", finetuned=tmp_path / "masked"))
+    assert torch.equal(read_folder(tmp_path / "out")[next(iter(mask))], next(iter(mask.values())))
+
+
 def test_an_edit_that_overflows_is_refused(trio_of, tmp_path: Path) -> None:
     trio = trio_of("qwen2", torch.float16)
     with pytest.raises(NonFiniteError, match=r"overflows .*float16"):
