@@ -207,11 +207,19 @@ def _effect(
     return replace(
         sums,
         changed=int(torch.count_nonzero(r)),
-        max_edit=float(e.abs().max()) if e.numel() else 0.0,
+        max_edit=_largest(e),
         edit_sq=float(torch.dot(e, e)),
         realised=float(torch.dot(r, e)),
         edit_task=None if task is None else float(torch.dot(e, task)),
     )
+
+
+def _largest(values: Tensor) -> float:
+    """max |values| in one pass, without a copy of their magnitudes."""
+    if values.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(values)
+    return max(-float(low), float(high))
 
 
 def _plus(left: float | None, right: float | None, *, empty: bool) -> float | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from support.repair_support import (
     Trio,
     assert_output,
@@ -15,7 +16,7 @@ from support.repair_support import (
     read_folder,
 )
 
-from realign.checkpoint.manifest import read_manifest, verify_output
+from realign.checkpoint.manifest import read_manifest, sha256_file, verify_output
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
 
@@ -126,8 +127,6 @@ def test_two_runs_write_the_same_bytes(trio_of, tmp_path: Path) -> None:
 
 def test_fused_and_split_projections_get_the_same_edit(trio_of, tmp_path: Path) -> None:
     """The Phi-3 family rewritten with one tensor per projection: the same numbers come out."""
-    from safetensors.torch import save_file
-
     fused = trio_of("phi3")
     _repair(fused, tmp_path / "fused", method="replace", settings={"rank": 2})
     split: dict[str, Path] = {}
@@ -190,8 +189,6 @@ def test_manifest_records_what_was_done(trio_of, tmp_path: Path) -> None:
     assert manifest["method"]["settings"]["eta"] == 0.8
     assert manifest["safety_vector"] == "base"
     assert manifest["command"] == ["realign", "repair"]
-    from realign.checkpoint.manifest import sha256_file
-
     for role in ("finetuned", "aligned", "base"):
         folder: Path = getattr(trio, role)
         files = manifest["inputs"][role]["files"]
