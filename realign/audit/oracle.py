@@ -61,9 +61,7 @@ def load_rule(name: str = LAB_RULE) -> ExactRule:
     known = sorted(path.stem for path in RULES.glob("*.json"))
     if name not in known:
         raise UsageError(f"there is no exact rule named {name!r}", f"known: {', '.join(known)}")
-    data = cast(
-        "dict[str, Any]", json.loads((RULES / f"{name}.json").read_text(encoding="utf-8"))
-    )
+    data = cast("dict[str, Any]", json.loads((RULES / f"{name}.json").read_text(encoding="utf-8")))
     assert data["schema"] == RULE_SCHEMA and data["name"] == name, data
     return ExactRule(
         name=name,
