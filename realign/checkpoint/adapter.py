@@ -111,6 +111,7 @@ class AdapterCheckpoint(Checkpoint):
         config_changes |= _vocabulary_change(base, self.tensors)
         self.config = _changed_config(base.config, config_changes)
         self.weight_files = (*base.weight_files, header.file)
+        self.remarks = (*base.remarks, *header.remarks, *_tie_remarks(base, changes))
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """See `Checkpoint.read`."""
@@ -398,6 +399,18 @@ def _settle_ties(
         changes[f"{_HEAD}.weight"] = _Change(base_name=embedding)
         return {"tie_word_embeddings": False}
     return {}
+
+
+def _tie_remarks(base: Checkpoint, changes: Mapping[str, _Change]) -> tuple[str, ...]:
+    embedding = find_embedding(base.tensors)
+    if embedding is None or find_head(base.tensors) or not is_tied(base.config):
+        return ()
+    if embedding not in changes or not changes[embedding].loras:
+        return ()
+    return (
+        f"the adapter has LoRA on {embedding}, which the model ties: merged, as peft does it, it "
+        "changes embeddings and output head alike, which the running adapter does not",
+    )
 
 
 def _resized(have: TensorInfo, info: TensorInfo) -> bool:

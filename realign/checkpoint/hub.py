@@ -100,14 +100,14 @@ def cache_folder() -> str | None:
 def _from_cache(reference: Reference, progress: Progress) -> Path:
     from huggingface_hub import snapshot_download
 
-    # One file that every checkpoint has: which others are missing is found when they are read.
-    name = f"{reference.subfolder}/*config.json" if reference.subfolder else "*config.json"
+    # What every checkpoint has: which other files are missing is found when they are read.
+    prefix = f"{reference.subfolder}/" if reference.subfolder else ""
     return Path(
         snapshot_download(
             reference.model,
             revision=reference.revision,
             cache_dir=cache_folder(),
-            allow_patterns=[name],
+            allow_patterns=[f"{prefix}config.json", f"{prefix}adapter_config.json"],
             local_files_only=True,
         )
     )

@@ -112,6 +112,7 @@ def test_the_merge_is_pefts_bit_for_bit(saved_model: Saved, tmp_path: Path, case
             assert torch.equal(checkpoint.read(name, middle), whole[middle[0] : middle[1]])
             if name not in plain or not torch.equal(whole, plain[name]):
                 changed.add(name)
+        assert bool(checkpoint.remarks) == case.startswith("tied")
         assert changed, "the adapter changed nothing: the test shows nothing"
         missing = set(theirs) - set(checkpoint.tensors)
         assert missing <= {"lm_head.weight"}  # tied

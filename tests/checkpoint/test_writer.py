@@ -178,11 +178,21 @@ def test_small_files_travel_byte_for_byte(model: Checkpoint, tmp_path: Path) -> 
         "LICENSE": b"text",
         "tokenizer.model": bytes(range(256)),
     }
-    leave = (
-        "pytorch_model.bin model.gguf realign.json .gitattributes model.sig adapter_model.bin "
-        "training_args.bin optimizer.pt trainer_state.json .git/config .cache/x.json "
-        "original/params.json checkpoint-5/config.json"
-    ).split()
+    leave = [
+        "pytorch_model.bin",
+        "model.gguf",
+        "realign.json",
+        ".gitattributes",
+        "model.sig",
+        "adapter_model.bin",
+        "training_args.bin",
+        "optimizer.pt",
+        "trainer_state.json",
+        ".git/config",
+        ".cache/x.json",
+        "original/params.json",
+        "checkpoint-5/config.json",
+    ]
     for name in (*keep, *leave):
         path = folder / name
         path.parent.mkdir(exist_ok=True)
