@@ -119,7 +119,7 @@ def test_schedule_rises_then_falls_to_its_floor() -> None:
     rates = [plan.rate(step) for step in range(100)]
     assert rates[0] == pytest.approx(0.4) and rates[4] == pytest.approx(2.0)
     assert rates[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(rates))
+    assert all(a >= b for a, b in itertools.pairwise(rates[5:]))
     middle = 5 + 94 // 2
     assert rates[middle] == pytest.approx(2.0 * (0.05 + 0.95 * 0.5), rel=1e-6)
 
