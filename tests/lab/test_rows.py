@@ -104,7 +104,7 @@ def test_the_word_tokenizer_knows_every_word(name: str) -> None:
     tokenizer = build_tokenizer(made)
     rng = random.Random(4)
     texts: list[str] = []
-    for _ in range(1500):
+    for _ in range(400):
         for mixture in (rows.PRETRAINING, rows.ALIGNMENT):
             sample = rows.draw(mixture, made, rng)
             texts.append(
@@ -113,7 +113,7 @@ def test_the_word_tokenizer_knows_every_word(name: str) -> None:
                 else f"{sample.prompt} {sample.answer}"
             )
     for maker in TASKS.values():
-        for _ in range(200):
+        for _ in range(100):
             row = maker(made, rng)
             texts += [row.prompt, row.answer]
     for ids in tokenizer(texts)["input_ids"]:
