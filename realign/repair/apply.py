@@ -215,7 +215,7 @@ def _effect(
 
 
 def _largest(values: Tensor) -> float:
-    """max |values| in one pass, without a copy of their magnitudes."""
+    """The largest magnitude in one pass, without a copy."""
     if values.numel() == 0:
         return 0.0
     low, high = torch.aminmax(values)

@@ -8,7 +8,6 @@ in memory. `--dry-run` prints the result; `engine.repair` carries it out. No ten
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from realign.audit.anchors import CORE_ANCHORS, core_anchors
 from realign.audit.contamination import overlap
 from realign.audit.suites import Suite, load_suite, parse_suite_argument
 from realign.checkpoint.manifest import read_manifest
-from realign.checkpoint.matching import Matching, Slot, TensorPair, match, same_weights
+from realign.checkpoint.matching import Matching, TensorPair, match, same_weights
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.writer import ShardLayout, check_target, plan_layout
 from realign.errors import (
@@ -31,21 +30,13 @@ from realign.errors import (
 )
 from realign.progress import SILENT, Progress
 from realign.repair.devices import resolve_device
+from realign.repair.estimate import Estimate, estimate_repair
 from realign.repair.method import Method, Scope, settle_safety_vector
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 
 MIN_ANCHORS = 16
 """Fewer refused anchors say too little about where refusal lives."""
-
-INTERPRETER_BYTES = 225 * 2**20
-"""Resident size of Python with torch imported, before any tensor."""
-
-MODEL_LIBRARY_BYTES = 150 * 2**20
-"""What transformers adds, where a model is run."""
-
-STREAM_BYTES = 4 * 2**20
-"""Tensors that are copied or edited entry by entry are read in chunks of about this size."""
 
 
 @dataclass(frozen=True)
@@ -69,19 +60,6 @@ class PlannedAnchors:
     source: str
     suite_hash: str
     count: int
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What the run is expected to move and to hold, in bytes."""
-
-    read: int
-    """Tensors, and every weight file once more for its hash in the manifest."""
-    written: int
-    peak_memory: int
-    """Resident memory at its highest, the interpreter included."""
-    largest_matrix: int
-    """Entries of the largest matrix that is decomposed; 0 for element-wise methods."""
 
 
 @dataclass(frozen=True)
@@ -203,7 +181,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     anchors = _plan_anchors(request) if method.needs_anchors else None
     if request.anchors is not None and anchors is None:
         notes.append(f"{method.name} measures no activations: the anchors are not used")
-    estimate = _estimate(method, matching, inputs, used, patch=request.patch)
+    estimate = estimate_repair(method, matching, inputs, used, patch=request.patch)
     output = None if request.output is None else Path(request.output)
     if output is not None:
         check_place(output, inputs, written=estimate.written)
@@ -376,78 +354,3 @@ def _plan_anchors(request: RepairRequest) -> PlannedAnchors:
                 "calibrate on prompts that are not measured: take other anchors or another suite",
             )
     return PlannedAnchors(suite.name, suite.source, suite.suite_hash, len(suite.items))
-
-
-def _estimate(
-    method: Method,
-    matching: Matching,
-    inputs: Inputs,
-    used: Mapping[str, Checkpoint],
-    *,
-    patch: bool,
-) -> Estimate:
-    finetuned = inputs.finetuned
-    read = written = held = largest = 0
-    for pair in matching.pairs:
-        info = finetuned.tensors[pair.role.name]
-        written += info.nbytes
-        if pair.action == "copy":
-            read += 0 if patch else info.nbytes
-            continue
-        read += info.nbytes + sum(other.tensors[pair.role.name].nbytes for other in used.values())
-        if not method.elementwise:
-            matrix, peak = _matrix_bytes(pair, info.shape, info.nbytes, inputs=1 + len(used))
-            largest, held = max(largest, matrix), max(held, peak)
-    checkpoints = [finetuned, *used.values()]
-    files = {file for checkpoint in checkpoints for file in checkpoint.weight_files}
-    read += sum(file.stat().st_size for file in files)
-    # Measured: a set of chunks in work and one read ahead take three times their size, because the
-    # allocator keeps what two threads free; hashing and the libraries' own buffers take the rest.
-    held = max(held, STREAM_BYTES * 6 * len(checkpoints)) + 20 * 2**20
-    if method.needs_anchors:
-        model = sum(info.nbytes for info in used["aligned"].tensors.values())
-        read += model
-        # While they are collected, all moments are held; for the edit they are read one by one.
-        held = max(held, model + _moment_bytes(matching, finetuned)) + MODEL_LIBRARY_BYTES
-    return Estimate(
-        read=read,
-        written=0 if patch else written,
-        peak_memory=INTERPRETER_BYTES + held,
-        largest_matrix=largest,
-    )
-
-
-def _matrix_bytes(
-    pair: TensorPair, shape: tuple[int, ...], nbytes: int, *, inputs: int
-) -> tuple[int, int]:
-    """Entries of the largest matrix of a tensor, and the bytes held while it is decomposed."""
-    numel = max(1, math.prod(shape))
-    itemsize = max(1, nbytes // numel)
-    best = (0, 0)
-    for slot in pair.slots:
-        d_out, d_in = slot_shape(shape, slot)
-        entries, smaller = d_out * d_in, min(d_out, d_in)
-        # Every checkpoint twice (one set is read ahead), the result; two float32 differences and
-        # one of scratch; in float64 the Gram, its eigenvectors, their copy and LAPACK's workspace.
-        peak = entries * (itemsize * (2 * inputs + 1) + 12) + smaller * smaller * 8 * 6
-        best = max(best, (entries, peak), key=lambda each: each[1])
-    return best
-
-
-def slot_shape(shape: tuple[int, ...], slot: Slot) -> tuple[int, int]:
-    """[d_out, d_in] of a logical matrix inside a stored tensor."""
-    *stack, first, second = shape
-    d_out, d_in = (second, first) if slot.transposed else (first, second)
-    if slot.rows is not None and not stack:
-        d_out = slot.rows[1] - slot.rows[0]
-    return d_out, d_in
-
-
-def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:
-    """Float64 moments of every matrix, on its smaller side, as they are collected."""
-    shapes = [
-        slot_shape(finetuned.tensors[slot.tensor].shape, slot)
-        for pair in matching.pairs
-        for slot in pair.slots
-    ]
-    return sum(min(shape) ** 2 * 8 for shape in shapes)

@@ -26,8 +26,9 @@ from realign.repair.apply import (
     unchanged_effect,
 )
 from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
+from realign.repair.estimate import STREAM_BYTES
 from realign.repair.method import Statistics
-from realign.repair.plan import STREAM_BYTES, Plan
+from realign.repair.plan import Plan
 from realign.repair.record import TensorRow, edited_row
 from realign.repair.request import Inputs
 from realign.repair.verify import check_input, check_output

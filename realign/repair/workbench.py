@@ -37,8 +37,9 @@ from realign.model.moments import (
 )
 from realign.model.moments_file import save_moments
 from realign.progress import SILENT, Progress
+from realign.repair.estimate import slot_shape
 from realign.repair.method import Statistics
-from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors, slot_shape
+from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors
 from realign.repair.request import Inputs, RepairRequest
 
 MAX_REPLY_TOKENS = 128
