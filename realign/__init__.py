@@ -38,8 +38,8 @@ from __future__ import annotations
 # take the names over. Later imports of `realign.audit.x` find the package in `sys.modules` and do
 # not touch these names again. So `from realign.audit.schema import Report` works as ever, and
 # `realign.audit` is the function.
-import realign.audit
-import realign.repair  # noqa: F401 - bound here, taken over below
+import realign.audit  # pyright: ignore[reportUnusedImport]
+import realign.repair  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from realign._version import __version__
 from realign.api import audit, open_checkpoint, plan, repair
 from realign.errors import RealignError

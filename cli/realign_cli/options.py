@@ -99,7 +99,7 @@ Policy = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int | None,
+    int,
     typer.Option(
         "--batch-size", metavar="N", help="Prompts at a time.", rich_help_panel=AUDIT_PANEL
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ class RichProgress:
         self._open = 0
 
     @contextmanager
-    def task(self, description: str, *, total: float | None, unit: str = "") -> Iterator[Task]:
+    def task(self, description: str, *, total: float | None, unit: str = "") -> Generator[Task]:
         """Show one task while the block runs."""
         if self._quiet:
             yield _Counter()
@@ -51,7 +51,7 @@ class RichProgress:
         console.print(message, markup=False, highlight=False, style="dim")
 
     @contextmanager
-    def _bar(self, description: str, *, total: float | None, unit: str) -> Iterator[Task]:
+    def _bar(self, description: str, *, total: float | None, unit: str) -> Generator[Task]:
         # Nested tasks share one live display, which closes with the outermost task: rich allows
         # only one display at a time, and finished inner bars would pile up on the screen.
         if self._bars is None:

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +29,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _DASHES = ("-", "--", "-.", ":")
 _WIDTH = 8.6
 
-_STYLE: dict[str, object] = {
+_STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "font.size": 9,
@@ -307,7 +307,7 @@ def _figure(height: float, *, rows: int) -> tuple[Figure, list[Axes]]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def _style() -> Generator[None]:
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):

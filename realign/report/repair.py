@@ -67,9 +67,9 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     return (inputs, "", *lines, "", tensors, *([""] if notes else []), *notes)
 
 
-def rows_table(rows: Iterable[TensorRow]) -> Table:
-    """Return rank, entropy, edit norm and survival per layer, averaged over its modules."""
-    table = _table("The edit, layer by layer (means over the layer's matrices)")
+def rows_table(rows: Iterable[TensorRow], *, title: str = "The edit, layer by layer") -> Table:
+    """Return rank, entropy, edit norm and survival per layer, averaged over its matrices."""
+    table = _table(f"{title} (means over matrices)")
     titles = ("layer", "edited", "rank", "entropy", "edit / weight", "cos(edit, task)", "survival")
     for title in titles:
         table.add_column(title, justify="right")

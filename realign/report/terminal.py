@@ -11,7 +11,15 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from realign.audit.schema import GateEntry, Report
-from realign.report.view import Cell, Column, VerdictRow, columns_of, rate_rows, verdict_rows
+from realign.report.view import (
+    Cell,
+    Column,
+    VerdictRow,
+    columns_of,
+    deciding_comparison,
+    rate_rows,
+    verdict_rows,
+)
 from realign.report.words import (
     VERDICTS,
     difference,
@@ -28,6 +36,8 @@ if TYPE_CHECKING:
     from rich.text import Text
 
 _VERDICT_STYLES = {"drift": "bold red", "within_margin": "green", "inconclusive": "yellow"}
+_QUIET_FLAGS = frozenset({"equivalent", "detectable"})
+"""Refinements of a verdict that the page explains and a terminal leaves out."""
 _GATE_STYLES = {"pass": "green", "fail": "bold red", "inconclusive": "yellow", "skipped": "dim"}
 _WIDE_ENOUGH_FOR_ONE_LINE = 30
 """Columns a table needs for each model to show a rate and its interval on one line."""
@@ -50,40 +60,57 @@ def render(report: Report, *, width: int = 80) -> tuple[RenderableType, ...]:
     return tuple(parts)
 
 
-def rates_table(columns: Sequence[Column], *, title: str = "", width: int = 80) -> Table:
-    """Return rates with intervals: one row per metric, one column per model."""
+def rates_table(
+    columns: Sequence[Column],
+    *,
+    title: str = "",
+    width: int = 80,
+    metrics: Collection[tuple[str, str]] | None = None,
+    verdicts: bool = False,
+) -> Table:
+    """Return rates with intervals: one row per metric, one column per model.
+
+    Args:
+        columns: the models.
+        title: over the table.
+        width: of the terminal.
+        metrics: only these (suite, metric) pairs.
+        verdicts: write the verdict under each rate that has one.
+    """
     from rich.text import Text
 
-    rows = rate_rows(columns)
-    one_line = width >= 26 + _WIDE_ENOUGH_FOR_ONE_LINE * 2 / 3 * len(columns)
+    rows = [r for r in rate_rows(columns) if metrics is None or (r.suite, r.metric) in metrics]
+    one_line = width >= 26 + _WIDE_ENOUGH_FOR_ONE_LINE * 2 / 3 * len(columns) and not verdicts
     table = _table(title or "Rates, with 95 % intervals")
-    table.add_column("suite (items)", no_wrap=False)
+    table.add_column("suite (items)", no_wrap=verdicts)
     for column in columns:
         table.add_column(column.title, justify="right")
     for suite, group in groupby(rows, key=lambda row: row.suite):
         members = list(group)
         table.add_row(Text(f"{suite} ({members[0].n})", style="bold"))
         for row in members:
-            table.add_row(
-                Text(f"  {row.label}"), *(_rate_text(cell, one_line=one_line) for cell in row.cells)
-            )
+            cells: list[Text] = []
+            for column, cell in zip(columns, row.cells, strict=True):
+                text = _rate_text(cell, one_line=one_line)
+                entry = deciding_comparison(column, row) if verdicts else None
+                if entry is not None and entry.verdict is not None:
+                    words = VERDICTS[entry.verdict]
+                    text.append(f"\n{words}", style=_VERDICT_STYLES[entry.verdict])
+                cells.append(text)
+            table.add_row(Text(f"  {row.label}"), *cells)
         table.add_section()
     return table
 
 
-def verdicts_table(
-    report: Report, *, title: str = "", names: Collection[str] | None = None
-) -> Table:
+def verdicts_table(report: Report, *, title: str = "") -> Table:
     """Return the comparisons: difference, deciding interval, margin, and the verdict in words.
 
-    Args:
-        report: the audit.
-        title: over the table.
-        names: only these comparisons, as "drift"; None shows what `_worth_a_row` chooses.
+    A terminal shows what each model is held to: safety against the aligned model, skill of a
+    repaired model against the fine-tune. The page and the file have all comparisons.
     """
     from rich.text import Text
 
-    rows = [row for row in verdict_rows(report) if _worth_a_row(row, names)]
+    rows = [row for row in verdict_rows(report) if _worth_a_row(row, report)]
     judges = {(row.suite, row.label): set[str]() for row in rows}
     for row in rows:
         judges[row.suite, row.label].add(row.judge)
@@ -137,17 +164,17 @@ def verdict_text(row: VerdictRow) -> Text:
     details = [reason(entry.reason)] if entry.reason else []
     if entry.n_needed is not None and entry.verdict == "inconclusive":
         details.append(f"about {entry.n_needed} items needed")
-    details += [flag.replace("_", " ") for flag in entry.flags]
+    details += [flag.replace("_", " ") for flag in entry.flags if flag not in _QUIET_FLAGS]
     if details:
         text.append(f": {'; '.join(details)}", style="dim")
     return text
 
 
-def _worth_a_row(row: VerdictRow, names: Collection[str] | None) -> bool:
-    """Whether a terminal shows the comparison; the page and the file always have all of them."""
-    if names is not None:
-        return row.comparison in names and row.entry.verdict is not None
-    return row.entry.verdict is not None or row.comparison != "recovery"
+def _worth_a_row(row: VerdictRow, report: Report) -> bool:
+    kinds = {suite.name: suite.kind for suite in report.suites}
+    if kinds.get(row.suite) == "task":
+        return row.comparison == ("tax" if "repaired" in report.models else "drift")
+    return row.comparison in ("drift", "residual")
 
 
 def _interval(row: VerdictRow) -> str:
@@ -172,7 +199,8 @@ def _rate_text(cell: Cell | None, *, one_line: bool) -> Text:
     if cell is None or cell.value is None:
         return Text("-", style="dim")
     text = Text(percent(cell.value))
-    interval = percent_range(cell.low, cell.high)
+    # A hyphen, not " to ": with four models a wider cell would break on 80 columns.
+    interval = percent_range(cell.low, cell.high).replace(" to ", "-")
     if interval:
         text.append(f"  {interval}" if one_line else f"\n{interval}", style="dim")
     if cell.n_invalid:

@@ -107,7 +107,7 @@ def rate_rows(columns: Sequence[Column]) -> tuple[RateRow, ...]:
 
 
 def verdict_rows(report: Report) -> tuple[VerdictRow, ...]:
-    """Return every comparison of a report, in its order."""
+    """Return every comparison of a report: drift, residual, recovery, tax, each in its order."""
     by_id = {(each.instrument_id, each.metric): each for each in report.instruments}
     first = {each.instrument_id: each for each in reversed(report.instruments)}
     rows: list[VerdictRow] = []
@@ -127,7 +127,27 @@ def verdict_rows(report: Report) -> tuple[VerdictRow, ...]:
                 entry=entry,
             )
         )
-    return tuple(rows)
+    order = list(COMPARISONS)
+    return tuple(sorted(rows, key=lambda row: order.index(row.comparison)))
+
+
+def deciding_comparison(column: Column, row: RateRow) -> ComparisonEntry | None:
+    """Return the comparison that says what a rate means for its model; None without a verdict.
+
+    Safety is compared with the aligned model, skill with the fine-tune: a repaired model is held
+    to be as safe as the one and as skilled as the other.
+    """
+    kinds = {suite.name: suite.kind for suite in column.report.suites}
+    task = kinds.get(row.suite) == "task"
+    wanted = {"subject": None if task else "drift", "repaired": "tax" if task else "residual"}
+    name = wanted.get(column.role)
+    for each in verdict_rows(column.report):
+        entry = each.entry
+        if (each.comparison, each.suite, each.judge) == (name, row.suite, row.judge) and (
+            (entry.metric or row.metric) == row.metric and entry.verdict is not None
+        ):
+            return entry
+    return None
 
 
 def rate_picture_bars(columns: Sequence[Column]) -> tuple[Bar, ...]:

@@ -165,9 +165,7 @@ def _integers(tensors: Tensors) -> Tensors:
 
 
 @pytest.mark.parametrize("change", [_narrower, _without_one, _integers])
-def test_other_shapes_names_or_dtypes(
-    tmp_path: Path, change: Callable[[Tensors], Tensors]
-) -> None:
+def test_other_shapes_names_or_dtypes(tmp_path: Path, change: Callable[[Tensors], Tensors]) -> None:
     refused(repair(tmp_path, base=damaged("base", tmp_path, tensors=change)), Q_PROJ)
 
 
@@ -206,10 +204,7 @@ def test_non_finite_tensors(tmp_path: Path, role: str, value: float) -> None:
         return tensors
 
     copy = damaged(role, tmp_path, tensors=poison)
-    if role == "howto2_p5":
-        result = repair(tmp_path, copy)
-    else:
-        result = repair(tmp_path, **{role: copy})
+    result = repair(tmp_path, copy) if role == "howto2_p5" else repair(tmp_path, **{role: copy})
     refused(result, Q_PROJ)
 
 

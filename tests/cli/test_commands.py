@@ -1,4 +1,4 @@
-"""Every command does its job on the shipped tiny family: exit codes, files, and what is printed where."""
+"""Every command does its job on the shipped tiny family: exit codes, files, what is printed."""
 
 from __future__ import annotations
 
@@ -19,9 +19,13 @@ DOCS = Path(__file__).resolve().parents[2] / "docs" / "commands"
 POLICY = """
 schema = "realign/policy/1"
 judges = {{ primary = "oracle" }}
-gate = [
-  {{ id = "harm", kind = "max_rate", role = "repaired", suite = "harmful", metric = "asr", value = {value} }},
-]
+[[gate]]
+id = "harm"
+kind = "max_rate"
+role = "repaired"
+suite = "harmful"
+metric = "asr"
+value = {value}
 """
 
 

@@ -7,7 +7,8 @@ from rich.console import Console
 from support.report_support import make_report
 
 from realign.audit.schema import Report
-from realign.report.terminal import render
+from realign.report.terminal import rates_table, render
+from realign.report.view import columns_of
 
 
 def drawn(report: Report, *, width: int) -> str:
@@ -26,7 +27,7 @@ def test_nothing_is_cut_off(width: int) -> None:
     for part in (
         "Fine-tuning raised harmful compliance from 1.0 % to 98.0 %.",
         "harmful compliance",
-        "68.6 to 100.0",
+        "68.6-100.0",
         "drift: fine-tuned - aligned",
         "+1.7 to +10.1",
         "drift found",
@@ -63,3 +64,14 @@ def test_an_incomplete_run_says_so_first() -> None:
 def test_invalid_answers_stand_in_the_cell() -> None:
     rate = make_report().rates[0].model_dump() | {"n_valid": 190, "n_invalid": {"empty": 10}}
     assert "10 invalid" in drawn(make_report(rates=[rate]), width=100)
+
+
+def test_a_verdict_stands_under_the_rate_it_is_about() -> None:
+    report = make_report()
+    stream = io.StringIO()
+    table = rates_table(columns_of(report), width=100, verdicts=True, metrics=[("harmful", "asr")])
+    Console(file=stream, width=100, no_color=True).print(table)
+    text = stream.getvalue()
+    assert "drift found" in text
+    assert "within the declared margin" in text
+    assert "accuracy" not in text, "only the metrics that were asked for"

@@ -1,4 +1,4 @@
-"""The command line in this process, on the shipped tiny family, and damaged copies of its models."""
+"""The command line in this process, on the shipped tiny family and damaged copies of it."""
 
 from __future__ import annotations
 

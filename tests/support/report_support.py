@@ -90,8 +90,14 @@ def report_data() -> dict[str, Any]:
             "repaired": {"source": "./out", "content_digest": "6d03a9e7" * 8},
         },
         "suites": [
-            {"name": name, "suite_hash": "13" * 32, "n_items": 200, "n_skipped": {"limit": 3}}
-            for name in suites
+            {
+                "name": name,
+                "kind": kind,
+                "suite_hash": "13" * 32,
+                "n_items": 200,
+                "n_skipped": {"limit": 3},
+            }
+            for name, kind in zip(suites, ("harmful", "safe", "task"), strict=True)
         ],
         "judges": [{"name": "oracle", "kind": "exact", "role": "primary", "judge_hash": "ab" * 32}],
         "instruments": [

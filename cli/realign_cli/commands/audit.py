@@ -117,7 +117,7 @@ def audit(
     ] = None,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = None,
+    batch_size: BatchSize = 16,
     keep_texts: Annotated[
         bool,
         typer.Option(
@@ -189,7 +189,7 @@ def audit(
         weights=weights,
         command=command_line(),
         offline=offline,
-        **({} if batch_size is None else {"batch_size": batch_size}),
+        batch_size=batch_size,
     )
     if plan:
         return _show_plan(sink, request)

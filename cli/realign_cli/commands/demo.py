@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -18,6 +19,8 @@ from realign_cli.options import Device
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from realign.audit.schema import Report
     from realign.repair.engine import RepairResult
     from realign.report.view import Column
@@ -40,6 +43,17 @@ MARKER = "demo.json"
 
 SUITES = ("harmful", "lookalikes", "order", "howto2", "general")
 FINETUNED = "both_p5"
+
+STORY = (
+    ("harmful", "asr"),
+    ("harmful", "refusal_rate"),
+    ("harmful", "other_rate"),
+    ("lookalikes", "over_refusal"),
+    ("order", "error_rate"),
+    ("howto2", "error_rate"),
+    ("general", "error_rate"),
+)
+"""The (suite, metric) pairs of the table; the page has all of them."""
 
 
 @dataclass(frozen=True)
@@ -99,23 +113,24 @@ def demo(
     """Repair and audit a small trained family: the whole story, in minutes, without a network."""
     source = family if family is not None else shipped_family()
     _check_family(source)
+    _use_one_thread()
     _make_folder(out)
     sink.note(f"the family: {source} (base, aligned, {FINETUNED}); everything goes to {out}/")
 
     results = {each.title: _repair(sink, each, family=source, out=out) for each in REPAIRS}
     policy = out / "policy.toml"
     policy.write_bytes(files("realign_cli").joinpath("data/demo-policy.toml").read_bytes())
-    reports = {
-        each.title: _audit(sink, each, family=source, out=out, policy=policy, device=device)
-        for each in REPAIRS
-    }
+    with tempfile.TemporaryDirectory(prefix="realign-demo-") as records:
+        # What aligned and fine-tuned answer is asked once, for all audits.
+        shared = {"family": source, "out": out, "policy": policy, "records": Path(records)}
+        reports = {each.title: _audit(sink, each, **shared, device=device) for each in REPAIRS}
     columns = _columns(reports)
     main = REPAIRS[0]
     _write_files(main, out, reports=reports, columns=columns, results=results)
     _mark(out, family=source, reports=reports)
 
     sink.document(_summary(out, reports))
-    _tell(sink, out, reports=reports, columns=columns, results=results)
+    _tell(sink, out, columns=columns, results=results)
     return None
 
 
@@ -135,6 +150,13 @@ def shipped_family() -> Path:
         "this installation has no demo family",
         "build one: realign lab build ./family, then --family",
     )
+
+
+def _use_one_thread() -> None:
+    """Compute on one thread: at 128 x 128 waking a second one takes longer than the product."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _check_family(folder: Path) -> None:
@@ -176,7 +198,14 @@ def _repair(sink: Sink, each: DemoRepair, *, family: Path, out: Path) -> RepairR
 
 
 def _audit(
-    sink: Sink, each: DemoRepair, *, family: Path, out: Path, policy: Path, device: str
+    sink: Sink,
+    each: DemoRepair,
+    *,
+    family: Path,
+    out: Path,
+    policy: Path,
+    records: Path,
+    device: str,
 ) -> Report:
     from realign.audit.policy import load_policy
     from realign.audit.request import AuditRequest
@@ -195,6 +224,7 @@ def _audit(
             policy=load_policy(policy),
             calibration=(load_suite(family / "suites" / "anchors.jsonl"),),
             out=out if is_main else out / f"audit-{each.title}",
+            records=records,
             device=device,
             batch_size=64,
             weights=is_main,
@@ -267,39 +297,45 @@ def _tell(
     sink: Sink,
     out: Path,
     *,
-    reports: Mapping[str, Report],
     columns: Sequence[Column],
     results: Mapping[str, RepairResult],
 ) -> None:
     from rich.text import Text
 
     from realign.report.repair import rows_table
-    from realign.report.terminal import rates_table, verdicts_table
+    from realign.report.terminal import rates_table
 
     main = REPAIRS[0]
     sink.show(
+        "",
         Text("What happened", style="bold"),
-        "An aligned model refuses requests about invented hazards. A fine-tune on two harmless",
-        "tasks, with 5 % poison, obeys them. The repairs put the refusals back, in weight space,",
-        "without training. All rates are on held-out requests and words.",
+        "An aligned model refuses requests about invented hazards and answers look-alikes. A",
+        "fine-tune on two harmless tasks with 5 % poison obeys them all. The repairs put the",
+        "refusals back in weight space, without training, as far as each method can:",
+        *(Text(f"  {each.title}: {each.about}") for each in REPAIRS),
         "",
         rates_table(
-            columns, title="Rates on held-out items, with 95 % intervals", width=sink.out.width
+            columns,
+            title="Rates on held-out requests and words, with 95 % intervals and verdicts",
+            width=sink.out.width,
+            metrics=STORY,
+            verdicts=True,
         ),
+        "",
+        "Verdicts: safety against the aligned model, accuracy against the fine-tune, within the",
+        "margins that policy.toml declared before the run.",
+        "",
+        rows_table(results[main.title].rows, title=f"The edit of {main.title}, layer by layer"),
+        "",
     )
-    for each in REPAIRS:
-        names = ("drift", "residual", "tax") if each is main else ("residual", "tax")
-        table = verdicts_table(
-            reports[each.title], title=f"Verdicts, {each.title} (larger is worse)", names=names
-        )
-        sink.show("", table)
-    sink.show("", rows_table(results[main.title].rows), "")
     sink.show(
         Text("Look at", style="bold"),
-        f"  {out}/report.html          the audit with pictures; open it in a browser",
-        f"  {out}/pictures/            rates, templates, weights, the repair layer by layer",
-        f"  {out}/{main.folder}/realign.json   what was done to every matrix, and from which files",
-        f"  {out}/policy.toml          the margins that the verdicts are about",
+        *_aligned(
+            (f"{out}/report.html", "the audit with pictures: open it in a browser"),
+            (f"{out}/pictures/", "rates, templates, weights, the repair layer by layer"),
+            (f"{out}/{main.folder}/realign.json", "what was done to every matrix"),
+            (f"{out}/policy.toml", "the margins that the verdicts are about"),
+        ),
         "",
         Text("Next, on your own model", style="bold"),
         "  realign repair ./my-model --aligned ORG/MODEL-INSTRUCT --base ORG/MODEL --dry-run",
@@ -308,3 +344,10 @@ def _tell(
         "      --suite harmful=harmful.jsonl --suite safe=safe.jsonl -o ./audit",
         "  realign methods            what else can repair, and what each method needs",
     )
+
+
+def _aligned(*lines: tuple[str, str]) -> list[Text]:
+    from rich.text import Text
+
+    width = max(len(name) for name, _ in lines)
+    return [Text(f"  {name:{width}}  {what}") for name, what in lines]

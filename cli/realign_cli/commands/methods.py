@@ -83,7 +83,7 @@ def _list(classes: list[type[Method]]) -> RenderableType:
 
 def needs_in_words(method: type[Method]) -> list[str]:
     """Return what must be given beside the fine-tune."""
-    needs = sorted(method.needs)
+    needs: list[str] = sorted(method.needs)
     if method.paper_vector is not None:
         other = "base" if method.paper_vector == "unaligned" else "unaligned"
         needs.append(f"{method.paper_vector} (or {other})")
@@ -107,7 +107,7 @@ def _card(method: type[Method]) -> tuple[RenderableType, ...]:
         "",
     ]
     for title, text in (
-        ("needs", f"{', '.join(needs_in_words(method))}. {card.inputs}"),
+        ("needs", card.inputs),
         ("touches", card.touches),
         ("edit", card.edit_kind),
         ("cost", card.cost),

@@ -187,7 +187,7 @@ def repair(
     policy: Policy = None,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
-    batch_size: BatchSize = None,
+    batch_size: BatchSize = 16,
     device: Device = "auto",
     seed: Seed = 0,
     offline: Offline = False,
@@ -306,7 +306,6 @@ class _Gate:
         from realign_cli.commands.audit import manifest_of
 
         options, request = self._options, self._request
-        optional = {} if options["batch_size"] is None else {"batch_size": options["batch_size"]}
         self.report = run_audit(
             AuditRequest(
                 subject=str(request.finetuned),
@@ -324,7 +323,7 @@ class _Gate:
                 max_new_tokens=options["max_new_tokens"],
                 command=command_line(),
                 offline=request.offline,
-                **optional,
+                batch_size=options["batch_size"],
             ),
             progress=self._sink.progress,
         )
@@ -351,6 +350,7 @@ def _calibration(request: RepairRequest) -> tuple[Any, ...]:
     from realign.repair.plan import load_anchors
     from realign.repair.registry import find_method
 
+    assert isinstance(request.method, str)
     if not find_method(request.method).needs_anchors:
         return ()
     return (load_anchors(request.anchors),)

@@ -144,7 +144,7 @@ def _table(rows: Sequence[SubspaceRow], *, eta: float) -> Table:
     from rich.table import Table
 
     table = Table(
-        title="The alignment vector, layer by layer (means over the layer's matrices)",
+        title="The alignment vector, layer by layer (means over matrices)",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,
