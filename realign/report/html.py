@@ -172,10 +172,15 @@ def _verdict_row(row: VerdictRow, limit: float) -> Mapping[str, Any]:
 
 
 def _axis_limit(entries: Sequence[ComparisonEntry], *, unit: str) -> float:
-    """Half the width of the axis that all comparisons of one unit share."""
+    """Half the width of the axis that all comparisons of one unit share.
+
+    Wide enough for what the margins decide; intervals far outside are drawn at the edge, with their
+    numbers beneath.
+    """
     ends = [abs(v) for e in entries if e.ci is not None for v in (e.ci.low, e.ci.high)]
     margins = [2 * e.margin for e in entries if e.margin is not None]
-    return max([0.05 if unit == "pp" else 0.5, *ends, *margins])
+    smallest, widest = (0.05, 0.2) if unit == "pp" else (0.5, 10.0)
+    return max([smallest, *margins, min(widest, max(ends, default=0.0))])
 
 
 def interval_bar(entry: ComparisonEntry, *, limit: float, width: int = 200) -> str:

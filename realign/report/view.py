@@ -153,7 +153,7 @@ def deciding_comparison(column: Column, row: RateRow) -> ComparisonEntry | None:
 def rate_picture_bars(columns: Sequence[Column]) -> tuple[Bar, ...]:
     """Return the bars of the picture of rates."""
     return tuple(
-        Bar(f"{row.suite}:\n{row.label}", column.title, cell.value, cell.low, cell.high)
+        Bar(f"{row.suite}:\n{row.label.strip()}", column.title, cell.value, cell.low, cell.high)
         for row in rate_rows(columns)
         for column, cell in zip(columns, row.cells, strict=True)
         if cell is not None and cell.value is not None
