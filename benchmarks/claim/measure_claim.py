@@ -43,8 +43,9 @@ HERE = Path(__file__).parent
 VARIANTS = ("both_p5", "howto")
 SUITES = ("harmful", "harmful_second", "lookalikes", "order", "howto", "howto2", "general")
 NULLS: Mapping[str, type[Method]] = {"replace_null": ReplaceNull, "delta_svd_null": DeltaSvdNull}
-ETAS = (0.1, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
-ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0, 4.0)
+ETAS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+ALPHAS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
+GAMMAS = (0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.75, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def confirmed_arms() -> list[Arm]:
 def grid_arms() -> Iterator[Arm]:
     """Every method over its range; `lssf` over a fine grid of eta and alpha."""
     for vector in ("base", "unaligned"):
+        for gamma in GAMMAS:
+            yield Arm(f"resta, {vector} vector", "resta", {"gamma": gamma, "safety_vector": vector})
         for alpha in ALPHAS:
-            yield Arm(f"resta, {vector} vector", "resta", {"gamma": alpha, "safety_vector": vector})
             for eta in ETAS:
                 settings = {"eta": eta, "alpha": alpha, "safety_vector": vector}
                 yield Arm(f"lssf, {vector} vector", "lssf", settings)
