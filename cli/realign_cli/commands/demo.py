@@ -76,6 +76,7 @@ REPAIRS = (
         about="the safety subspace comes from the aligned model's own activations while it "
         "refuses; the vector is aligned - unaligned",
         unaligned=True,
+        settings={"eta": 0.9, "alpha": 1.5},
     ),
     DemoRepair(
         folder="repaired-replace",
@@ -83,10 +84,14 @@ REPAIRS = (
         method="replace",
         about="no data: inside the leading directions of aligned - base, the aligned weights are "
         "put back",
-        settings={"rank": 4},
+        settings={"rank": 6},
     ),
 )
-"""The first is the main one: its audit is `audit.json` and its page `report.html`."""
+"""The first is the main one: its audit is `audit.json` and its page `report.html`.
+
+Settings were chosen on another fine-tuning seed of the same family (`docs/results.md`), never on the
+model that the demo repairs.
+"""
 
 
 def join(app: typer.Typer) -> None:
