@@ -89,8 +89,8 @@ REPAIRS = (
 )
 """The first is the main one: its audit is `audit.json` and its page `report.html`.
 
-Settings were chosen on another fine-tuning seed of the same family (`docs/results.md`), never on the
-model that the demo repairs.
+Settings were chosen on another fine-tuning seed of the same family (`docs/results.md`), never on
+the model that the demo repairs.
 """
 
 
