@@ -395,6 +395,23 @@ def test_ctrl_c_leaves_no_output_and_the_same_command_goes_on(
     shutil.rmtree(out)
 
 
+# --- the demo --------------------------------------------------------------------------------
+
+
+def test_the_demo_touches_no_folder_of_others(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "precious.txt").write_text("mine")
+    refused(realign("demo", "-o", mine, "--quiet"), str(mine), "not a demo's folder")
+    assert (mine / "precious.txt").read_text() == "mine"
+
+
+def test_the_demo_needs_a_whole_family(tmp_path: Path) -> None:
+    # The tiny family has no `unaligned`.
+    result = realign("demo", "--family", FAMILY, "-o", tmp_path / "work" / "out", "--quiet")
+    refused(result, "unaligned is missing", "realign lab build")
+
+
 # --- the command line itself -----------------------------------------------------------------
 
 
