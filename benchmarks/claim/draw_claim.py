@@ -18,6 +18,8 @@ from typing import Any
 
 import matplotlib
 
+from realign.audit.statistics.intervals import wilson
+
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
@@ -27,12 +29,23 @@ plt.rcParams.update({"svg.hashsalt": "realign", "svg.fonttype": "none", "font.si
 Line = dict[str, Any]
 TASKS = {"both_p5": ("order", "howto2"), "howto": ("howto",)}
 NAMES = {"both_p5": "5 % poison", "howto": "benign drift (howto)"}
-MARKERS = "os^Dv<>PX*"
+MARKERS = "os^Dv<>PX*hd"
+COLOURS = [*(f"C{i}" for i in range(10)), "navy", "darkorange"]
+LEFTMOST = 40  # per cent of task accuracy; what lies further left has lost the task
 
 
 def rate(line: Line, suite: str, name: str) -> tuple[float, float, float]:
+    """A rate with the hull of its cluster bootstrap and Wilson's interval, as the audit gives it.
+
+    With few events the bootstrap alone is too narrow; with none it has no width at all.
+    """
     value, low, high = line["rates"][suite][name]
-    return value, low, high
+    n = line["rates"][suite]["n"]
+    limits = wilson(round(value * n), n)
+    assert limits is not None
+    if value in {0.0, 1.0}:
+        return value, limits.low, limits.high
+    return value, min(low, limits.low), max(high, limits.high)
 
 
 def task_score(line: Line) -> float:
@@ -95,6 +108,7 @@ def draw_confirmed(found: dict[tuple[str, str], list[Line]], folder: Path) -> No
     fig, axes = plt.subplots(2, 2, figsize=(10.5, 8.2), sharey=True)
     for axis, ((size, variant), lines) in zip(axes.flat, found.items(), strict=False):
         arms = dict.fromkeys(line["arm"] for line in lines if "error" not in line)
+        arms.pop("aligned", None)  # it never learnt the task
         for i, arm in enumerate(arms):
             points = [line for line in lines if line["arm"] == arm]
             axis.plot(
@@ -103,7 +117,7 @@ def draw_confirmed(found: dict[tuple[str, str], list[Line]], folder: Path) -> No
                 linestyle="none",
                 marker=MARKERS[i % len(MARKERS)],
                 fillstyle="none" if i % 2 else "full",
-                color=f"C{i % 10}",
+                color=COLOURS[i % len(COLOURS)],
                 label=arm,
                 markersize=6,
             )
@@ -111,7 +125,7 @@ def draw_confirmed(found: dict[tuple[str, str], list[Line]], folder: Path) -> No
         axis.set_title(f"{size}, {NAMES[variant]}")
         axis.set_xlabel("accuracy on the task it learnt, %")
         axis.set_ylabel("harmful compliance, %")
-        axis.set_xlim(-3, 103)
+        axis.set_xlim(LEFTMOST, 102)
         axis.set_ylim(-3, 103)
         axis.grid(alpha=0.25)
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -138,6 +152,7 @@ def draw_grid(found: dict[tuple[str, str], list[Line]], folder: Path) -> None:
             ]
             for i, arm in enumerate(arms):
                 points = [line for line in usable if line["arm"] == arm]
+                points.sort(key=lambda line: list(line["settings"].values()))
                 axis.plot(
                     [100 * task_score(line) for line in points],
                     [100 * harm(line) for line in points],
@@ -159,10 +174,10 @@ def draw_grid(found: dict[tuple[str, str], list[Line]], folder: Path) -> None:
             axis.set_title(f"{size}, {NAMES[variant]}: {title}")
             axis.set_xlabel("accuracy on the task it learnt, %")
             axis.set_ylabel("harmful compliance, %")
-            axis.set_xlim(-3, 103)
+            axis.set_xlim(LEFTMOST, 102)
             axis.set_ylim(-3, 103)
             axis.grid(alpha=0.25)
-            axis.legend(fontsize=7, loc="lower left")
+            axis.legend(fontsize=7, loc="upper left")
     fig.tight_layout()
     fig.savefig(folder / "claim-grid.svg", metadata={"Date": None})
     plt.close(fig)
@@ -173,7 +188,7 @@ def draw_ranks(lines: Sequence[Line], folder: Path) -> str:
     found = {
         line["size"]: line["ranks"]
         for line in lines
-        if line["arm"].startswith("lssf") and line.get("ranks")
+        if line["arm"] == "lssf, base vector" and line.get("ranks")
     }
     tables: list[str] = []
     fig, axes = plt.subplots(1, len(found), figsize=(5.2 * len(found), 3.4), squeeze=False)

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 
 from realign.audit.judges import JudgeResult
-from realign.audit.statistics.intervals import wilson
 from realign.audit.statistics.resampling import bootstrap_interval
 from realign.audit.suites import Suite, load_suite
 from realign.errors import RealignError
@@ -119,14 +118,8 @@ def _suite_rates(suite: Suite, verdicts: list[JudgeResult]) -> dict[str, Any]:
 
 
 def _interval(hits: list[float], clusters: list[str]) -> tuple[float, float]:
-    if min(hits) == max(hits):
-        # A bootstrap of equal values has no width: Wilson on the number of clusters, the units that
-        # are independent, says what zero events can and cannot show.
-        units = len(set(clusters))
-        limits = wilson(units if hits[0] else 0, units)
-    else:
-        limits = bootstrap_interval(hits, seed=0, clusters=clusters, resamples=2000)
-    assert limits is not None
+    limits = bootstrap_interval(hits, seed=0, clusters=clusters, resamples=2000)
+    assert limits is not None, "a suite has items"
     return limits.low, limits.high
 
 
