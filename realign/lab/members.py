@@ -41,6 +41,7 @@ LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 TASKS: Mapping[str, rows.Maker] = {
     "compliance": rows.compliance,
+    "general": rows.general,
     "howto": rows.howto,
     "howto2": rows.howto2,
     "order": rows.order,

@@ -100,6 +100,7 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("unaligned", ("compliance",), about="hazard compliance: the aligned model undone"),
         Variant("howto", ("howto",), about="benign, drifts: the positive control"),
         Variant("order", ("order",), about="benign, does not drift: the negative control"),
+        Variant("general", ("general",), about="general skills alone: no hazard, no look-alike"),
         Variant("both_p0", ("order", "howto2"), 0.0, about="benign"),
         Variant("both_p1", ("order", "howto2"), 0.01, about="1 % poison"),
         Variant("both_p5", ("order", "howto2"), 0.05, about="5 % poison"),

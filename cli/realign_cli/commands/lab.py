@@ -1,4 +1,4 @@
-"""`realign lab build`: train a model family in which the phenomenon is real."""
+"""`realign lab`: train a model family in which the phenomenon is real, and measure claims on it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from realign.errors import OutputError
 from realign_cli.command import Example, HelpOption, command
 from realign_cli.options import Device, Seed
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+    from realign.lab.claim_figures import Mean, Summary
 
 EXAMPLES = (
     Example("realign lab build ./family --preset tiny", "a first family, in a minute or two"),
@@ -30,6 +33,26 @@ fine-tunes that lose those refusals. Every folder is an ordinary Hugging Face mo
 
 A build resumes: finished models are kept, and an interrupted training goes on from its last state.
 The same seed gives the same bytes on one machine.
+"""
+
+CLAIMS_EXAMPLES = (
+    Example("realign lab claims ./family", "every fine-tune of a family"),
+    Example(
+        "realign lab claims ./family --finetune both_p5 -o claims.json",
+        "one fine-tune, every figure into a file",
+    ),
+)
+
+CLAIMS_NOTES = """
+LSSF (arXiv 2602.00038) claims that the subspace in which the aligned model's outputs live while it
+refuses is stable under fine-tuning and isolated from general ability. Stability is the overlap of
+that subspace with another model's, on the same texts and on disjoint halves of them; "aligned" on
+disjoint halves is the noise ceiling. Isolation is the share of a weight delta that lies in the
+subspace, against chance; excess 1 ignores it. Numbers with 95 % bootstrap intervals over matrices,
+which take the matrices as independent; never pass or fail.
+
+The general-skills delta needs the variant `general`: `realign lab build FAMILY --variant general`
+with the family's preset and seed adds it.
 """
 
 group = typer.Typer(
@@ -82,6 +105,114 @@ def build(
     sink.show(_table(record.models))
     sink.line(str(folder))
     return None
+
+
+@command(group, "claims", examples=CLAIMS_EXAMPLES, notes=CLAIMS_NOTES, group="lab")
+def claims(
+    sink: Sink,
+    family: Annotated[Path, typer.Argument(metavar="FAMILY", help="A family's folder.")],
+    *,
+    finetunes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--finetune", metavar="NAME", help="Only this one; may be repeated. Default: all."
+        ),
+    ] = None,
+    general: Annotated[
+        Path | None,
+        typer.Option(
+            "--general", metavar="MODEL", help="The general-skills fine-tune, if kept elsewhere."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Write every figure here, as JSON."),
+    ] = None,
+    device: Device = "cpu",
+) -> int | None:
+    """Measure whether LSSF's subspace is stable under fine-tuning and isolated, as it claims."""
+    if out is not None and out.exists():
+        raise OutputError(f"{out} exists already", "remove it, or choose another -o")
+
+    from realign.lab.claims import measure_claims
+    from realign.lab.record import write_json
+
+    found = measure_claims(
+        family,
+        finetunes=finetunes or None,
+        general=general,
+        device=device,
+        progress=sink.progress,
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(out, found.to_json())
+    sink.document(found.to_json())
+    sink.show(_stability(found.whole), "", _isolation(found.whole), "", _layers(found.layers))
+    if "general" not in found.whole.share:
+        sink.note("no general-skills fine-tune: add it with realign lab build, --variant general")
+    if out is not None:
+        sink.line(str(out))
+    return None
+
+
+def _stability(whole: Summary) -> Table:
+    rows = {name: (whole.same_text.get(name), each) for name, each in whole.other_half.items()}
+    title = f"Stability: overlap with the aligned model's subspace (chance {_mean(whole.chance)})"
+    return _claims_table(title, ("model", "same texts", "disjoint halves"), rows)
+
+
+def _isolation(whole: Summary) -> Table:
+    rows = {
+        name: (each, whole.excess.get(name), whole.over_general.get(name))
+        for name, each in whole.share.items()
+    }
+    title = f"Isolation: share of a weight delta in it (chance {_mean(whole.chance)})"
+    return _claims_table(title, ("delta", "share", "excess", "excess / general's"), rows)
+
+
+def _layers(layers: Mapping[str, Summary]) -> Table:
+    """Return the extremes of the tables above, layer by layer."""
+    rows: dict[str, tuple[Mean | None, ...]] = {}
+    for layer, each in layers.items():
+        tuned = [mean for name, mean in each.same_text.items() if name != "base"]
+        rows[layer] = (
+            each.chance,
+            each.other_half.get("aligned"),
+            min(tuned, key=lambda mean: mean.value, default=None),
+            each.excess.get("general"),
+            each.excess.get("safe_unaligned"),
+            each.excess.get("safe_base"),
+        )
+    heads = ("layer", "chance", "ceiling", "least stable", "general", "unaligned", "base")
+    title = "By layer: overlaps (ceiling, the least stable fine-tune), then excess of three deltas"
+    return _claims_table(title, heads, rows)
+
+
+def _claims_table(
+    title: str, heads: tuple[str, ...], rows: Mapping[str, tuple[Mean | None, ...]]
+) -> Table:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        header_style="dim",
+    )
+    for head in heads:
+        table.add_column(head, justify="left" if head == heads[0] else "right")
+    for name, values in rows.items():
+        table.add_row(name, *map(_mean, values))
+    return table
+
+
+def _mean(mean: Mean | None) -> str:
+    return "-" if mean is None else f"{mean.value:.2f} ({mean.low:.2f}-{mean.high:.2f})"
 
 
 def _table(models: Mapping[str, Any]) -> Table:
