@@ -6,7 +6,7 @@ command line's one draws it with rich.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -42,7 +42,7 @@ class SilentProgress:
     """Shows nothing: the default of every library function."""
 
     @contextmanager
-    def task(self, description: str, *, total: float | None, unit: str = "") -> Iterator[Task]:
+    def task(self, description: str, *, total: float | None, unit: str = "") -> Generator[Task]:
         """Open a task that nobody watches."""
         yield _SilentTask()
 
