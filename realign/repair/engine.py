@@ -42,6 +42,8 @@ from realign.repair.stream import Editor, Piece, planned_keys, read_pieces
 from realign.repair.verify import check_changed, check_complete, check_written
 
 BeforeCommit = Callable[[Path], None]
+Attach = Callable[[Mapping[str, Any]], Mapping[str, bytes]]
+"""From the manifest to small files by relative name, which the output gets as well."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class _Run:
     hashes: Mapping[str, Mapping[str, str]]
     """SHA-256 of the input files, by role and name."""
     progress: Progress
+    attach: Attach | None
     before_commit: BeforeCommit | None
 
     @property
@@ -81,6 +84,7 @@ def repair(
     request: RepairRequest,
     *,
     progress: Progress = SILENT,
+    attach: Attach | None = None,
     before_commit: BeforeCommit | None = None,
 ) -> RepairResult:
     """Repair a fine-tune and write the result.
@@ -88,6 +92,8 @@ def repair(
     Args:
         request: what to do.
         progress: shows bytes written, and remarks.
+        attach: asked for more small files, as a picture, when the manifest's content is known; they
+            are listed in it like all others. An exception of it means that nothing is committed.
         before_commit: called with the finished folder before it gets its name; an exception of it
             means that nothing is committed. The folder can be loaded like any checkpoint.
 
@@ -106,7 +112,7 @@ def repair(
             progress.note(note)
         statistics = _prepare(request, plan, inputs, progress)
         hashes = _hash_inputs(plan, inputs, progress)
-        run = _Run(request, plan, inputs, statistics, hashes, progress, before_commit)
+        run = _Run(request, plan, inputs, statistics, hashes, progress, attach, before_commit)
         return _repair_to_patch(run) if plan.patch else _repair_to_checkpoint(run)
 
 
@@ -245,19 +251,27 @@ def _fingerprint(run: _Run) -> str:
     return sha256_json(manifest)
 
 
-def _commit(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> RepairResult:
-    plan = run.plan
-    folder = output.partial
-    output.write_index(output.layout)
-    check_written(folder, [spec for shard in output.layout for spec in shard.tensors])
-    manifest = build_manifest(
-        plan,
+def _manifest(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> dict[str, Any]:
+    return build_manifest(
+        run.plan,
         rows=rows,
         hashes=run.hashes,
         statistics=run.statistics,
         files=output.hashes,
         command=run.request.command,
     )
+
+
+def _commit(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> RepairResult:
+    plan = run.plan
+    folder = output.partial
+    output.write_index(output.layout)
+    check_written(folder, [spec for shard in output.layout for spec in shard.tensors])
+    manifest = _manifest(run, output, rows)
+    if run.attach is not None:
+        for name, content in run.attach(manifest).items():
+            output.write_bytes(name, content)
+        manifest = _manifest(run, output, rows)  # it lists what was attached
     output.write_json(MANIFEST_NAME, manifest)
     warnings = remarks(rows)
     for warning in warnings:

@@ -12,6 +12,8 @@ import pytest
 from support.cli_support import FAMILY, digest, family_options, model, realign, suite
 
 from realign.audit.schema import read_report
+from realign.checkpoint.manifest import sha256_file, verify_output
+from realign.report import files
 from realign_cli.command import PAGES
 from realign_cli.pages import render_all
 
@@ -52,9 +54,26 @@ def test_repair_writes_a_checkpoint_a_manifest_and_a_picture(tmp_path: Path) -> 
     assert "survival" in result.stdout
     manifest = json.loads((out / "realign.json").read_text())
     assert manifest["method"]["name"] == "replace"
-    assert (out / "realign-audit" / "repair.png").read_bytes().startswith(b"\x89PNG")
+    picture = out / "realign-audit" / "repair.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    listed = manifest["output"]["files"]
+    assert listed["realign-audit/repair.png"] == sha256_file(picture)
+    assert verify_output(out).problems == ()
     assert (out / "tokenizer.json").read_bytes() == (model() / "tokenizer.json").read_bytes()
     assert digest(FAMILY) == before
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("no axes")])
+def test_a_picture_that_cannot_be_drawn_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(files, "save", fail)
+    result = realign("repair", model(), *replace_options("-o", tmp_path / "out"))
+    assert result.exit_code != 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_repair_as_json_is_one_document(tmp_path: Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -262,16 +263,17 @@ def _show_plan(sink: Sink, request: RepairRequest) -> None:
 
 def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -> None:
     from realign.repair.engine import repair as carry_out
-    from realign.report.files import write_repair_picture
     from realign.report.repair import rows_table
 
     before_commit: Callable[[Path], None] | None = gate
-    result = carry_out(request, progress=sink.progress, before_commit=before_commit)
-    picture = write_repair_picture(result.manifest, out / PICTURE)
+    result = carry_out(
+        request, progress=sink.progress, attach=_picture, before_commit=before_commit
+    )
+    drawn = PICTURE in result.manifest["output"]["files"]
     sink.document(
         {
             "output": str(out),
-            "picture": None if picture is None else str(picture),
+            "picture": str(out / PICTURE) if drawn else None,
             "manifest": dict(result.manifest),
             "audit": None if gate is None else str(gate.folder / "audit.json"),
         }
@@ -282,16 +284,27 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -
     sink.line(str(out))
 
 
+def _picture(manifest: Mapping[str, Any]) -> dict[str, bytes]:
+    """Draw the repair while its output can still be taken back."""
+    from realign.report.files import write_repair_picture
+
+    with TemporaryDirectory() as folder:
+        file = write_repair_picture(manifest, Path(folder) / Path(PICTURE).name)
+        return {} if file is None else {PICTURE: file.read_bytes()}
+
+
 class _Gate:
     """Audits the finished output in its temporary folder; raises if the gates do not pass."""
 
     def __init__(
         self, sink: Sink, request: RepairRequest, *, folder: Path, options: dict[str, Any]
     ) -> None:
-        from realign.audit.policy import load_policy
+        from realign.audit.policy import load_policy, require_gate
 
         # Whatever is wrong with suites or policy must show before the repair, not after it.
         self._policy = None if options["policy"] is None else load_policy(options["policy"])
+        if self._policy is not None:
+            require_gate(self._policy)
         self._suites = load_suites(options["suites"])
         self._options = options
         self._sink = sink
