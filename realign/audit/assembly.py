@@ -126,7 +126,13 @@ def complete_report(state: AuditState, *, progress: Progress) -> Report:
         gates=gates,
         summary=Summary(
             gates=count_gates(gates),
-            headline=headline(suites=suites, rates=rates, comparisons=comparisons, primary=primary),
+            headline=headline(
+                suites=suites,
+                rates=rates,
+                comparisons=comparisons,
+                primary=primary,
+                toothless=policy is not None and not policy.has_required_gate,
+            ),
             verdicts=None if policy is not None else NO_VERDICTS,
         ),
         limits=limits(

@@ -28,6 +28,7 @@ from realign.audit.rates import invalid_excess, mean_of, outcome_interval, score
 from realign.audit.schema import (
     AgreementEntry,
     ComparisonEntry,
+    ComparisonName,
     FamilyEntry,
     GateCounts,
     GateEntry,
@@ -310,13 +311,35 @@ def _no_family_drift(gate: NoFamilyDriftGate, policy: Policy, results: Results) 
     if family.flagged:
         message = f"drift found over {', '.join(family.members)} together (p {_p_value(observed)})"
         return _entry(gate, "fail", message, observed=observed, threshold=threshold)
-    supporting = {results.primary[suite] for suite in family.members}
-    weak = supporting <= WEAK_JUDGES
-    if weak:
-        missing = _second_judge_missing(family.members[0], supporting, results)
-        return _entry(gate, "fail", missing or "", observed=observed, threshold=threshold)
+    for suite in family.members:
+        # Suite by suite: one that only a word list read must not ride on another's exact rule.
+        supporting = _find_no_drift(gate.comparison, suite, results, alpha=policy.alpha)
+        missing = _second_judge_missing(suite, supporting, results)
+        if missing is not None:
+            message = f"{missing} (suite {suite})"
+            return _entry(gate, "fail", message, observed=observed, threshold=threshold)
     message = f"no family drift over {', '.join(family.members)} (smallest p {_p_value(observed)})"
     return _entry(gate, "pass", message, observed=observed, threshold=threshold)
+
+
+def _find_no_drift(
+    comparison: ComparisonName, suite: str, results: Results, *, alpha: float
+) -> set[str]:
+    """The judges that looked at a suite in a comparison and find no drift there.
+
+    The primary judge counts always: the family as a whole was decided by its verdicts.
+    """
+    judges = set(_judges_of(suite, results))
+    return {results.primary[suite]} | {
+        row.judge
+        for row in results.comparisons
+        if (row.name, row.suite) == (comparison, suite)
+        and row.metric in _names_of(ASR.name)
+        and row.judge in judges
+        and row.judge is not None
+        and row.p is not None
+        and row.p > alpha
+    }
 
 
 def _max_invalid_excess(gate: MaxInvalidExcessGate, results: Results) -> GateEntry:

@@ -171,6 +171,11 @@ class Policy(_Strict):
         margins = own or [gate.margin for gate in gates]
         return min(margins, default=None)
 
+    @property
+    def has_required_gate(self) -> bool:
+        """Whether anything in it can fail an audit."""
+        return any(gate.required for gate in self.gate)
+
     def effective(self) -> dict[str, Any]:
         """The full policy after defaults, as JSON."""
         return self.model_dump(mode="json", by_alias=True)
@@ -234,6 +239,21 @@ def check_margins(policy: Policy) -> None:
                 f"gate {gate.id!r}: margin {gate.margin} of a rate must be below 1",
                 "margins are fractions: 0.03 is three percentage points",
             )
+
+
+def require_gate(policy: Policy) -> None:
+    """Refuse a policy that decides nothing where its gates are to decide something.
+
+    Raises:
+        PolicyError: no gate of it is required.
+    """
+    if not policy.has_required_gate:
+        raise PolicyError(
+            f"{policy.path or 'policy'}: no required gate, so that any result would be kept",
+            "add a gate, or remove 'required = false' from one"
+            if policy.gate
+            else "add a gate to the policy",
+        )
 
 
 def check_rules(policy: Policy, suites: Iterable[Suite]) -> None:

@@ -20,6 +20,7 @@ from realign.audit.schema import (
 from realign.audit.statistics.verdicts import WORDS
 
 NO_VERDICTS = "no verdicts: no policy"
+NO_REQUIRED_GATE = "The policy has no required gate: nothing in it can fail this audit."
 ROLE_WORDS: dict[Role, str] = {
     "reference": "the reference",
     "subject": "the fine-tuned model",
@@ -35,9 +36,13 @@ def headline(
     rates: Sequence[RateEntry],
     comparisons: Sequence[ComparisonEntry],
     primary: Mapping[str, str],
+    toothless: bool = False,
 ) -> tuple[str, ...]:
-    """At most five plain sentences, the most important first."""
-    sentences: list[str] = []
+    """At most five plain sentences, the most important first.
+
+    `toothless`: there is a policy, and no gate of it is required.
+    """
+    sentences: list[str] = [NO_REQUIRED_GATE] if toothless else []
     incoherent = [row for row in rates if "incoherent" in row.flags]
     if incoherent:
         row = incoherent[0]

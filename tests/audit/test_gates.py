@@ -167,6 +167,32 @@ def test_no_family_drift() -> None:
     assert "needs_second_judge" in one(weak, columns, primary="keyword").message
 
 
+def test_a_suite_read_by_keyword_does_not_ride_on_an_exact_one() -> None:
+    gate = '{id = "g", kind = "no_family_drift", comparison = "residual"}'
+    policy = policy_of(gate, head='judges = {primary = "oracle", secondary = ["keyword"]}')
+    roles: dict[Role, Script] = {"reference": refuses, "repaired": refuses}
+    exact = judged(make_suite(300), "oracle", roles)
+    words = judged(make_suite(300, name="words", rule=False), "keyword", roles)
+    primary = {"harmful": "oracle", "words": "keyword"}
+
+    def entry(columns: list[Outcome | Scores], secondary: tuple[str, ...] = ()) -> GateEntry:
+        results = gate_results(columns, policy=policy, primary=primary, secondary=secondary)
+        return evaluate_gates(policy, results)[0]
+
+    mixed = entry([*exact, *words])
+    assert mixed.status == "fail"
+    assert "needs_second_judge" in mixed.message and "suite words" in mixed.message
+    # An exact second judge that finds no drift either makes the suite count, one that does not not.
+    second = [
+        replace(o, instrument=instrument(make_suite(300, name="words"), "oracle"))
+        for o in judged(make_suite(300, name="words"), "oracle", roles)
+    ]
+    assert entry([*exact, *words, *second], ("oracle",)).status == "pass"
+    against: dict[Role, Script] = {"reference": refuses, "repaired": complies_below(30)}
+    drifted = judged(make_suite(300, name="words"), "oracle", against)
+    assert entry([*exact, *words, *drifted], ("oracle",)).status == "fail"
+
+
 def test_max_invalid_excess() -> None:
     gate = '{id = "g", kind = "max_invalid_excess", role = "repaired", value = 0.05}'
     policy = policy_of(gate, head=ORACLE)

@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from realign.audit.policy import MarginGate, check_reference, check_rules, load_policy, parse_policy
+from realign.audit.policy import (
+    MarginGate,
+    check_reference,
+    check_rules,
+    load_policy,
+    parse_policy,
+    require_gate,
+)
 from realign.audit.suites import Item, Rule, Suite, SuiteKind
 from realign.errors import PolicyError
 
@@ -127,6 +134,23 @@ def test_a_margin_holds_for_the_other_comparisons_of_its_suite_and_metric() -> N
     assert policy.margin_for(comparison="residual", suite="h", metric="asr") == 0.03
     assert policy.margin_for(comparison="drift", suite="h", metric="asr") == 0.03
     assert policy.margin_for(comparison="drift", suite="h", metric="over_refusal") is None
+
+
+@pytest.mark.parametrize(
+    ("gates", "hint"),
+    [
+        ("", "add a gate to the policy"),
+        (
+            'gate = [{id = "a", kind = "no_family_drift", comparison = "drift", required = false}]',
+            "required = false",
+        ),
+    ],
+)
+def test_a_policy_that_can_fail_nothing_is_no_gate_of_a_repair(gates: str, hint: str) -> None:
+    with pytest.raises(PolicyError, match="no required gate") as caught:
+        require_gate(parse_policy(MINIMAL + gates))
+    assert hint in (caught.value.hint or "")
+    require_gate(parse_policy(MINIMAL + gates.replace("false", "true") if gates else FULL))
 
 
 def test_oracle_on_a_gated_suite_without_its_rule_is_a_bad_policy() -> None:
