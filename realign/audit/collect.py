@@ -9,30 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from importlib import metadata
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from realign.audit.canonical import prompt_hash, sha256_json, sha256_text
 from realign.audit.instruments import Generation
 from realign.audit.outcomes import Response
-from realign.audit.request import AuditRequest
-from realign.audit.store import RecordFile, RecordStore
-from realign.audit.suites import Suite
-from realign.errors import MismatchError
-from realign.model.chat import encode
-from realign.model.generation import Reply, generate
-from realign.model.loading import LoadedModel, load_model
-from realign.model.scoring import (
-    ReferenceTrace,
-    kl_to_reference,
-    record_reference,
-    refusal_logodds,
-)
-from realign.progress import Progress
-
-if TYPE_CHECKING:
-    pass
-
 from realign.audit.records import (
     KL_POSITIONS,
     LOGODDS_TOKENS,
@@ -42,6 +25,20 @@ from realign.audit.records import (
     RoleRecords,
     scorer_hash,
 )
+from realign.audit.request import AuditRequest
+from realign.audit.store import RecordFile, RecordStore
+from realign.audit.suites import Suite
+from realign.errors import MismatchError
+from realign.model.chat import encode
+from realign.model.generation import Reply, generate
+from realign.model.loading import LoadedModel, load_model, pick_device
+from realign.model.scoring import (
+    ReferenceTrace,
+    kl_to_reference,
+    record_reference,
+    refusal_logodds,
+)
+from realign.progress import Progress
 
 _SCORED_AT_ONCE = 64
 
@@ -104,7 +101,7 @@ class Collector:
         assert self._reference_digest is not None
         for suite in self._demand.kl:
             with _kl_file(
-                self._store, opened, suite, reference_digest=self._reference_digest
+                self._request, self._store, opened, suite, reference_digest=self._reference_digest
             ) as file:
                 if "all" not in file.known:
                     return True
@@ -144,8 +141,7 @@ class _RoleJob:
 
     def open(self, stack: ExitStack) -> None:
         """Open every file and load what earlier runs left."""
-        dtype = str(self._request.dtype or "on disk")
-        key: dict[str, Any] = {"model": self._opened.digest, "dtype": dtype}
+        key: dict[str, Any] = {"model": self._opened.digest, **conditions(self._request)}
         role = self._opened.role
         self._facts = stack.enter_context(
             self._store.file(role=role, kind="facts", suite="all", key=key)
@@ -159,7 +155,9 @@ class _RoleJob:
                         role=role,
                         kind="text-single" if single else "text",
                         suite=suite.name,
-                        key=key | {"generation": generation.settings, "single": single},
+                        key=key
+                        | {"generation": generation.settings, "single": single}
+                        | ({"batch_size": 1} if single else {}),
                     )
                 )
         for suite in self._demand.scored:
@@ -177,7 +175,13 @@ class _RoleJob:
         """Open the KL files, whose key also names the reference."""
         for suite in self._demand.kl:
             self._kl[suite.name] = stack.enter_context(
-                _kl_file(self._store, self._opened, suite, reference_digest=reference_digest)
+                _kl_file(
+                    self._request,
+                    self._store,
+                    self._opened,
+                    suite,
+                    reference_digest=reference_digest,
+                )
             )
 
     @property
@@ -202,7 +206,7 @@ class _RoleJob:
     ) -> None:
         """Compute and store what is missing."""
         assert self._facts is not None
-        self._facts.add("all", _facts(loaded))
+        self._facts.add("all", _facts(loaded) | {"batch_size": self._request.batch_size})
         for suite in self._demand.texts:
             generation = self._request.generation_of(suite)
             for single in (False, True) if self._wants_again else (False,):
@@ -353,10 +357,28 @@ class _RoleJob:
         }
 
 
+def conditions(request: AuditRequest) -> dict[str, Any]:
+    """What else the numbers of a model depend on: records made under others are made again.
+
+    Greedy text is not stable over batch sizes, kernels and library versions (2506.17209).
+    """
+    return {
+        "batch_size": request.batch_size,
+        "device": pick_device(request.device).type,
+        "dtype": str(request.dtype or "on disk"),
+        "libraries": {name: metadata.version(name) for name in ("torch", "transformers")},
+    }
+
+
 def _kl_file(
-    store: RecordStore, opened: OpenedRole, suite: Suite, *, reference_digest: str
+    request: AuditRequest,
+    store: RecordStore,
+    opened: OpenedRole,
+    suite: Suite,
+    *,
+    reference_digest: str,
 ) -> RecordFile:
-    key = {
+    key = conditions(request) | {
         "model": opened.digest,
         "reference": reference_digest,
         "positions": KL_POSITIONS,

@@ -124,6 +124,7 @@ def with_facts(entry: ModelEntry, records: RoleRecords) -> ModelEntry:
             "tokenizer_digest": facts["tokenizer_digest"],
             "run_dtype": facts["dtype"],
             "attention": facts["attention"],
+            "batch_size": facts["batch_size"],
             "reused": records.reused,
         }
     )

@@ -106,6 +106,7 @@ class ModelEntry(_Part):
     lineage: tuple[Ancestor, ...] = ()
     run_dtype: str | None = None
     attention: str | None = None
+    batch_size: int | None = None
     reused: int = 0
 
 

@@ -1,7 +1,7 @@
 """What models said, appended item by item to files that an interrupted audit resumes from.
 
 One JSONL file per (role, kind of record, suite). Its first line names the model's content and the
-settings; a file made with others is set aside, never mixed. Texts live here and only here: the
+settings; a file made with others is begun anew, never mixed. Texts live here and only here: the
 folder is 0700, its files are 0600, and it is removed after a complete audit unless texts are kept.
 """
 

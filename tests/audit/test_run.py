@@ -15,6 +15,7 @@ from support.audit_support import make_suite
 from support.model_support import SPECIALS, llama, save, word_tokenizer
 
 from realign.audit.anchors import core_anchors
+from realign.audit.canonical import canonical_json
 from realign.audit.policy import parse_policy
 from realign.audit.prepare import plan_audit
 from realign.audit.run import AuditRequest, run_audit
@@ -235,6 +236,82 @@ def test_kept_texts_are_private_and_reused(family: Path, tmp_path: Path) -> None
     shutil.copytree(family / "repaired", moved)
     third = run_audit(request(family, out, subject=moved, keep_texts=True))
     assert third.models["subject"].reused == 0 and third.models["reference"].reused > 0
+
+
+def asked(family: Path, out: Path, **changes: Any) -> tuple[list[str], Report]:
+    stopper = Stopper()
+    settings: dict[str, Any] = {"repaired": None, "weights": False, "keep_texts": True}
+    settings["suites"] = (make_suite(6, rule=False),)
+    report = run_audit(request(family, out, **(settings | changes)), progress=stopper)
+    return stopper.notes, report
+
+
+def everything_again(notes: list[str], report: Report) -> bool:
+    return {entry.reused for entry in report.models.values()} == {0} and {
+        "reference: 6 answers to harmful",
+        "reference distributions on harmful",
+        "subject: 6 answers to harmful",
+    } <= set(notes)
+
+
+@pytest.fixture(scope="module")
+def answered(family: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("answered") / "audit"
+    notes, report = asked(family, out)
+    assert everything_again(notes, report) and report.models["subject"].batch_size == 5
+    return out
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"dtype": torch.float64}, {"batch_size": 2}], ids=["nothing", "dtype", "batch"]
+)
+def test_changing_a_setting_asks_again(
+    family: Path, answered: Path, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    shutil.copytree(answered, tmp_path / "audit")
+    notes, report = asked(family, tmp_path / "audit", **changes)
+    assert everything_again(notes, report) == bool(changes)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ("model",),
+        ("batch_size",),
+        ("device",),
+        ("dtype",),
+        ("libraries", "torch"),
+        ("libraries", "transformers"),
+    ],
+    ids="-".join,
+)
+def test_answers_given_under_other_conditions_are_asked_again(
+    family: Path, answered: Path, tmp_path: Path, path: tuple[str, ...]
+) -> None:
+    shutil.copytree(answered, tmp_path / "audit")
+    for file in (tmp_path / "audit" / "responses").iterdir():
+        header, _, rest = file.read_text().partition("\n")
+        plain = json.loads(header)
+        holder = plain["key"]
+        for step in path[:-1]:
+            holder = holder[step]
+        assert holder[path[-1]]
+        holder[path[-1]] = 99 if path == ("batch_size",) else "other"
+        file.write_text(canonical_json(plain) + "\n" + rest)
+    assert everything_again(*asked(family, tmp_path / "audit"))
+
+
+def test_a_changed_prompt_under_the_same_id_is_asked_again(
+    family: Path, answered: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(answered, tmp_path / "audit")
+    suite = make_suite(6, rule=False)
+    first = replace(suite.items[0], prompt="ALPHA-REQUEST number 39")
+    changed = replace(suite, items=(first, *suite.items[1:]))
+    notes, report = asked(family, tmp_path / "audit", suites=(changed,))
+    assert "reference: 1 answers to harmful" in notes
+    assert "reference distributions on harmful" in notes  # of the suite as a whole
+    assert report.models["subject"].reused == 2 * 5  # texts and log-odds
 
 
 def test_audits_can_share_what_the_same_models_said(family: Path, tmp_path: Path) -> None:
