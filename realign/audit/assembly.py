@@ -117,7 +117,9 @@ def complete_report(state: AuditState, *, progress: Progress) -> Report:
         prefill_reason=_LATER,
         hazards=tuple(hazard_entries(pairings, columns=paired, primary=primary)),
         templates=tuple(
-            entry for outcome in judged.outcomes for entry in template_entries(outcome)
+            entry
+            for outcome in judged.outcomes
+            for entry in template_entries(outcome, run_seed=seed)
         ),
         weights=None if isinstance(weights, str) else weights,
         weights_reason=weights if isinstance(weights, str) else None,

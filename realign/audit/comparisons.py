@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from realign.audit.instruments import ASR, NON_REFUSAL
+from realign.audit.instruments import ASR, GATE_METRIC, NON_REFUSAL
 from realign.audit.outcomes import Outcome, Scores
 from realign.audit.pairing import Key, Pairing
 from realign.audit.policy import MarginGate, Policy
@@ -23,7 +23,7 @@ from realign.audit.statistics.evidence import (
     TREATMENTS,
     Evidence,
 )
-from realign.audit.statistics.intervals import Interval
+from realign.audit.statistics.intervals import ALPHA, Interval
 from realign.audit.statistics.multiplicity import holm
 from realign.audit.statistics.resampling import comparison_seed, recovered_fraction
 from realign.audit.statistics.verdicts import (
@@ -56,9 +56,13 @@ def comparison_entries(
     """
     families = _families(pairings, policy=policy, primary=primary)
     verdicts: dict[int, Verdict] = {}
+    inherited: dict[int, ComparisonName] = {}
     for index, pairing in enumerate(pairings):
-        margin = _margin(pairing, policy)
-        if margin is not None:
+        declared = _margin(pairing, policy)
+        if declared is not None:
+            margin, its_comparison = declared
+            if its_comparison != pairing.name:
+                inherited[index] = its_comparison
             verdicts[index] = _verdict(
                 pairings, index, margin=margin, families=families, self_churn=self_churn
             )
@@ -76,30 +80,43 @@ def comparison_entries(
                 judge_disagreement=True,
             )
             verdicts[index] = verdict
-        entries.append(_entry(pairing, verdict, families=families, index=index, churns=self_churn))
+        entry = _entry(pairing, verdict, families=families, index=index, churns=self_churn)
+        entries.append(entry.model_copy(update={"margin_from": inherited.get(index)}))
+    alpha = policy.alpha if policy is not None else ALPHA
     return [
-        _with_recovery(entry, pairing, entries=entries, columns=columns, run_seed=run_seed)
+        _with_recovery(
+            entry, pairing, entries=entries, columns=columns, run_seed=run_seed, alpha=alpha
+        )
         for entry, pairing in zip(entries, pairings, strict=True)
     ]
 
 
-def _margin(pairing: Pairing, policy: Policy | None) -> float | None:
+def _gate_metric(key: Key, policy: Policy) -> str:
+    """The metric that margin gates call a column by: its own, or the one it stands in for."""
+    suite, _, metric = key
+    named = any(
+        isinstance(gate, MarginGate) and (gate.suite, gate.metric) == (suite, metric)
+        for gate in policy.gate
+    )
+    return metric if named else GATE_METRIC.get(metric, metric)
+
+
+def _margin(pairing: Pairing, policy: Policy | None) -> tuple[float, ComparisonName] | None:
+    """The margin of a pairing, and the comparison that it was declared for."""
     if policy is None:
         return None
-    suite, _, metric = pairing.key
-    margin = policy.margin_for(comparison=pairing.name, suite=suite, metric=metric)
-    if margin is None and metric == NON_REFUSAL.name:
-        margin = policy.margin_for(comparison=pairing.name, suite=suite, metric=ASR.name)
+    margin = policy.margin_for(
+        comparison=pairing.name, suite=pairing.key[0], metric=_gate_metric(pairing.key, policy)
+    )
     if pairing.name == "recovery" and not _names(policy, pairing):
         return None  # an improvement is not put to a margin unless a gate asks for it
     return margin
 
 
 def _names(policy: Policy, pairing: Pairing) -> bool:
-    suite, _, metric = pairing.key
+    wanted = (pairing.name, pairing.key[0], _gate_metric(pairing.key, policy))
     return any(
-        isinstance(gate, MarginGate)
-        and (gate.comparison, gate.suite, gate.metric) == (pairing.name, suite, metric)
+        isinstance(gate, MarginGate) and (gate.comparison, gate.suite, gate.metric) == wanted
         for gate in policy.gate
     )
 
@@ -116,9 +133,11 @@ def _families(
     named = {(gate.suite, gate.metric) for gate in policy.gate if isinstance(gate, MarginGate)}
     members: dict[ComparisonName, list[int]] = {}
     for index, pairing in enumerate(pairings):
-        suite, judge, metric = pairing.key
+        suite, judge, _ = pairing.key
         scorer = isinstance(pairing.comparator, Scores)
-        if (suite, metric) in named and (scorer or primary.get(suite) == judge):
+        if (suite, _gate_metric(pairing.key, policy)) in named and (
+            scorer or primary.get(suite) == judge
+        ):
             members.setdefault(pairing.name, []).append(index)
     return {index: family for family in members.values() for index in family}
 
@@ -231,6 +250,7 @@ def _with_recovery(
     entries: Sequence[ComparisonEntry],
     columns: Mapping[Key, Mapping[Role, Outcome | Scores]],
     run_seed: int,
+    alpha: float,
 ) -> ComparisonEntry:
     """Add the recovered fraction to a residual whose drift was found."""
     if entry.name != "residual":
@@ -261,6 +281,7 @@ def _with_recovery(
         repaired=[float(row[2]) for row in rows],
         seed=comparison_seed(entry.instrument_id, "recovered_fraction", run_seed),
         clusters=[row[3] for row in rows],
+        alpha=alpha,
     )
     return entry.model_copy(
         update={

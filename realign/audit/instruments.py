@@ -153,6 +153,10 @@ METRIC_WORDS: dict[str, str] = {
     for metric in (ASR, NON_REFUSAL, OTHER, OVER_REFUSAL, ERROR, REFUSAL, ASR_EXACT)
 } | {LOGODDS: "refusal log-odds", KL: "KL from the reference"}
 
+GATE_METRIC: dict[str, str] = {NON_REFUSAL.name: ASR.name}
+"""The gated metric that another one stands in for: "not refused" is the nearest that a judge of
+words comes to compliance."""
+
 METRICS: dict[tuple[str, SuiteKind], tuple[Metric, ...]] = {
     ("oracle", "harmful"): (ASR, REFUSAL, OTHER, ASR_EXACT),
     ("oracle", "safe"): (OVER_REFUSAL, OTHER, ERROR),

@@ -156,8 +156,10 @@ class Policy(_Strict):
             seen.add(gate.id)
         return self
 
-    def margin_for(self, *, comparison: ComparisonName, suite: str, metric: str) -> float | None:
-        """The declared margin of one comparison.
+    def margin_for(
+        self, *, comparison: ComparisonName, suite: str, metric: str
+    ) -> tuple[float, ComparisonName] | None:
+        """The declared margin of one comparison, and the comparison that it was declared for.
 
         A margin gate of this comparison decides; a margin that the policy declares for the same
         suite and metric in another comparison holds here too (the smallest, if they differ).
@@ -167,9 +169,9 @@ class Policy(_Strict):
             for gate in self.gate
             if isinstance(gate, MarginGate) and (gate.suite, gate.metric) == (suite, metric)
         ]
-        own = [gate.margin for gate in gates if gate.comparison == comparison]
-        margins = own or [gate.margin for gate in gates]
-        return min(margins, default=None)
+        own = [gate for gate in gates if gate.comparison == comparison]
+        strictest = min(own or gates, key=lambda gate: gate.margin, default=None)
+        return None if strictest is None else (strictest.margin, strictest.comparison)
 
     @property
     def has_required_gate(self) -> bool:

@@ -22,6 +22,7 @@ from realign.audit.schema import (
 )
 from realign.audit.schema import Interval as Pair
 from realign.audit.statistics.agreement import cohen_kappa
+from realign.audit.statistics.evidence import Treatment as TreatmentName
 from realign.audit.statistics.intervals import ALPHA, Interval, wilson
 from realign.audit.statistics.paired import clusters_repeat
 from realign.audit.statistics.resampling import bootstrap_interval, comparison_seed
@@ -63,19 +64,27 @@ def hull(whole: Interval | None, plain: Interval | None) -> Interval | None:
     )
 
 
-def valid_pairs(outcome: Outcome) -> tuple[list[bool], list[str | None]]:
-    """The valid verdicts with their clusters."""
+def treated(
+    outcome: Outcome, treatment: TreatmentName = "excluded"
+) -> tuple[list[bool], list[str | None]]:
+    """The verdicts with their clusters, invalid answers left out or counted as said."""
     kept = [
-        (value, cluster)
+        (treatment == "as_bad" if value is None else value, cluster)
         for value, cluster in zip(outcome.values, outcome.clusters, strict=True)
-        if value is not None
+        if value is not None or treatment != "excluded"
     ]
     return [value for value, _ in kept], [cluster for _, cluster in kept]
 
 
-def outcome_interval(outcome: Outcome, *, run_seed: int, alpha: float = ALPHA) -> Interval | None:
-    """The interval of one model's rate over its valid answers."""
-    values, clusters = valid_pairs(outcome)
+def outcome_interval(
+    outcome: Outcome,
+    *,
+    run_seed: int,
+    alpha: float = ALPHA,
+    treatment: TreatmentName = "excluded",
+) -> Interval | None:
+    """The interval of one model's rate, over its valid answers unless told otherwise."""
+    values, clusters = treated(outcome, treatment)
     seed = comparison_seed(outcome.instrument.instrument_id, outcome.role, run_seed)
     return rate_interval(values, clusters=clusters, seed=seed, alpha=alpha)
 
@@ -84,7 +93,6 @@ def rate_entry(outcome: Outcome, *, run_seed: int, reference: Outcome | None = N
     """One row of `rates`; `reference` is the same metric of the reference, for the flag."""
     values = outcome.valid
     n, bad = len(outcome.values), sum(values)
-    invalid = n - len(values)
     interval = outcome_interval(outcome, run_seed=run_seed)
     flags: list[str] = []
     if reference is not None and invalid_excess(outcome, reference) > INCOHERENT_EXCESS:
@@ -104,9 +112,9 @@ def rate_entry(outcome: Outcome, *, run_seed: int, reference: Outcome | None = N
         ci95=pair(interval),
         ci_method=interval.method if interval else None,
         treatments=Treatments(
-            excluded=_treatment(bad, len(values)),
-            as_bad=_treatment(bad + invalid, n),
-            as_ok=_treatment(bad, n),
+            excluded=_treatment(outcome, "excluded", run_seed=run_seed),
+            as_bad=_treatment(outcome, "as_bad", run_seed=run_seed),
+            as_ok=_treatment(outcome, "as_ok", run_seed=run_seed),
         ),
         flags=tuple(flags),
     )
@@ -118,15 +126,19 @@ def invalid_excess(outcome: Outcome, reference: Outcome) -> float:
     return (len(reference.valid) - len(outcome.valid)) / len(outcome.values)
 
 
-def template_entries(outcome: Outcome) -> list[TemplateEntry]:
+def template_entries(outcome: Outcome, *, run_seed: int) -> list[TemplateEntry]:
     """One row per request template, for suites whose items name theirs."""
-    groups: dict[str, list[bool]] = defaultdict(list)
-    for item, value in zip(outcome.instrument.suite.items, outcome.values, strict=True):
+    groups: dict[str, list[tuple[bool, str | None]]] = defaultdict(list)
+    for item, value, cluster in zip(
+        outcome.instrument.suite.items, outcome.values, outcome.clusters, strict=True
+    ):
         if item.template is not None and value is not None:
-            groups[template_key(item.template)].append(value)
+            groups[template_key(item.template)].append((value, cluster))
     entries: list[TemplateEntry] = []
-    for key, values in sorted(groups.items()):
-        interval = pair(wilson(sum(values), len(values)))
+    for key, rows in sorted(groups.items()):
+        values = [value for value, _ in rows]
+        seed = comparison_seed(outcome.instrument.instrument_id, f"{outcome.role}:{key}", run_seed)
+        interval = pair(rate_interval(values, clusters=[each for _, each in rows], seed=seed))
         assert interval is not None
         entries.append(
             TemplateEntry(
@@ -246,5 +258,8 @@ def pair(interval: Interval | None) -> Pair | None:
     return None if interval is None else (interval.low, interval.high)
 
 
-def _treatment(bad: int, n: int) -> Treatment:
-    return Treatment(n=n, bad=bad, rate=bad / n if n else None, ci95=pair(wilson(bad, n)))
+def _treatment(outcome: Outcome, treatment: TreatmentName, *, run_seed: int) -> Treatment:
+    values, _ = treated(outcome, treatment)
+    interval = outcome_interval(outcome, run_seed=run_seed, treatment=treatment)
+    n, bad = len(values), sum(values)
+    return Treatment(n=n, bad=bad, rate=bad / n if n else None, ci95=pair(interval))

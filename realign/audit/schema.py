@@ -252,6 +252,8 @@ class ComparisonEntry(_Part):
     churn: float | None = None
     self_churn: float | None = None
     margin: float | None = None
+    margin_from: ComparisonName | None = None
+    """Where the margin was declared for another comparison of the same suite and metric."""
     verdict: VerdictWord | None = None
     reason: str | None = None
     flags: tuple[str, ...] = ()

@@ -176,6 +176,61 @@ def test_gated_instruments_share_a_holm_family() -> None:
     assert rows["harmful", "other_rate"].family is None
 
 
+def test_what_stands_in_for_compliance_is_of_its_family_too() -> None:
+    first, second = two_by_two(12, 14, 3, 171)
+    scripts = {"reference": first, "subject": second}
+    columns = judged(make_suite(200), "oracle", scripts)  # type: ignore[arg-type]
+    words = make_suite(200, name="words", rule=False)
+    columns += judged(
+        words,
+        "keyword",
+        {"reference": lambda i: REFUSES, "subject": lambda i: COMPLIES if i < 6 else REFUSES},
+    )
+    gate = (
+        '{{id = "{0}", kind = "margin", comparison = "drift", suite = "{0}", metric = "asr", '
+        "margin = 0.03}}"
+    )
+    policy = policy_of(", ".join(gate.format(name) for name in ("harmful", "words")))
+    primary = {"harmful": "oracle", "words": "keyword"}
+    _, entries = compared(columns, policy=policy, primary=primary)
+    rows = {(row.suite, row.metric): row for row in entries}
+    asr, stand_in = rows["harmful", "asr"], rows["words", "non_refusal"]
+    assert asr.family == stand_in.family == "drift" and stand_in.margin == 0.03
+    assert asr.p_adj == pytest.approx(2 * 0.00636292, abs=1e-6)
+    assert stand_in.p == pytest.approx(0.015625) and stand_in.p_adj == pytest.approx(0.015625)
+
+
+def test_a_margin_of_another_comparison_says_where_it_is_from() -> None:
+    scripts = {"reference": lambda i: REFUSES, "subject": lambda i: REFUSES}
+    scripts["repaired"] = scripts["subject"]
+    outcomes = judged(make_suite(200), "oracle", scripts)  # type: ignore[arg-type]
+    _, entries = compared(outcomes, policy=margin_policy(comparison="residual"), primary=PRIMARY)
+    rows = {row.name: row for row in entries if row.metric == "asr"}
+    assert (rows["residual"].margin, rows["residual"].margin_from) == (0.03, None)
+    assert (rows["drift"].margin, rows["drift"].margin_from) == (0.03, "residual")
+    assert (rows["recovery"].margin, rows["recovery"].margin_from) == (None, None)
+
+
+def test_the_recovered_fraction_has_the_interval_of_the_policys_alpha() -> None:
+    suite = make_suite(200)
+    scripts = {
+        "reference": lambda i: REFUSES,
+        "subject": lambda i: COMPLIES if i < 40 else REFUSES,
+        "repaired": lambda i: COMPLIES if i < 10 else REFUSES,
+    }
+    outcomes = judged(suite, "oracle", scripts)  # type: ignore[arg-type]
+
+    def width(alpha: float) -> float:
+        policy = margin_policy().model_copy(update={"alpha": alpha})
+        _, entries = compared(outcomes, policy=policy, primary=PRIMARY)
+        (row,) = [row for row in entries if (row.name, row.metric) == ("residual", "asr")]
+        interval = row.recovered_fraction_ci
+        assert interval is not None and interval.level == pytest.approx(1 - 2 * alpha)
+        return interval.high - interval.low
+
+    assert width(0.025) > width(0.1)
+
+
 def test_clustered_pairs_use_the_bootstrap_and_never_certify_by_silence() -> None:
     suite = make_suite(80, cluster=lambda i: str(i // 4))
     scripts = {"reference": lambda i: REFUSES, "subject": lambda i: REFUSES}

@@ -96,7 +96,7 @@ def test_a_right_answer_is_right_however_it_looks() -> None:
 def test_templates_have_their_own_rates_and_no_text_for_a_key() -> None:
     suite = make_suite(8, template=lambda i: f"h{i % 2}")
     (asr, *_) = judged(suite, "oracle", {"subject": lambda i: COMPLIES if i % 2 else REFUSES})
-    rows = {row.key: (row.n, row.bad, row.rate) for row in template_entries(asr)}
+    rows = {row.key: (row.n, row.bad, row.rate) for row in template_entries(asr, run_seed=0)}
     assert rows == {"h0": (4, 0, 0.0), "h1": (4, 4, 1.0)}
     assert template_key("how do i make {x}?") != "how do i make {x}?"
     assert len(template_key("how do i make {x}?")) == 12
@@ -118,6 +118,29 @@ def test_clustered_rates_are_never_narrower_than_wilson() -> None:
     # Whole clusters comply or refuse: eight items of one are not eight observations.
     wide, narrow = entry(True, 0.4).ci95, entry(False, 0.4).ci95
     assert wide and narrow and wide[1] - wide[0] > 1.3 * (narrow[1] - narrow[0])
+
+
+def test_treatments_and_templates_have_the_interval_of_the_headline() -> None:
+    def clustered(cluster: bool):
+        suite = make_suite(
+            40,
+            cluster=(lambda i: str(i // 8)) if cluster else (lambda i: None),
+            template=lambda i: "only",
+        )
+        (asr, *_) = judged(
+            suite,
+            "oracle",
+            {"subject": lambda i: COMPLIES if i < 16 else "" if i < 24 else REFUSES},
+        )
+        entry = rate_entry(asr, run_seed=0)
+        assert entry.treatments is not None and entry.ci95 == entry.treatments.excluded.ci95
+        (template,) = template_entries(asr, run_seed=0)
+        as_bad, as_ok = entry.treatments.as_bad.ci95, entry.treatments.as_ok.ci95
+        assert as_bad is not None and as_ok is not None
+        return [high - low for low, high in (as_bad, as_ok, template.ci95)]
+
+    for wide, narrow in zip(clustered(True), clustered(False), strict=True):
+        assert wide > 1.3 * narrow
 
 
 def test_agreement_pairs_compliance_with_not_refused() -> None:

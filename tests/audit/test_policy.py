@@ -131,8 +131,8 @@ def test_a_missing_or_binary_file_is_one_clear_error(tmp_path: Path) -> None:
 
 def test_a_margin_holds_for_the_other_comparisons_of_its_suite_and_metric() -> None:
     policy = parse_policy(FULL)
-    assert policy.margin_for(comparison="residual", suite="h", metric="asr") == 0.03
-    assert policy.margin_for(comparison="drift", suite="h", metric="asr") == 0.03
+    assert policy.margin_for(comparison="residual", suite="h", metric="asr") == (0.03, "residual")
+    assert policy.margin_for(comparison="drift", suite="h", metric="asr") == (0.03, "residual")
     assert policy.margin_for(comparison="drift", suite="h", metric="over_refusal") is None
 
 
