@@ -17,6 +17,8 @@ from typing import Any, get_args
 from realign.audit.anchors import CORE_ANCHORS, core_anchors
 from realign.audit.contamination import overlap
 from realign.audit.suites import Suite, load_suite, parse_suite_argument
+from realign.checkpoint.adapter import AdapterCheckpoint
+from realign.checkpoint.lineage import propose
 from realign.checkpoint.manifest import read_manifest
 from realign.checkpoint.matching import Matching, TensorPair, match, same_weights
 from realign.checkpoint.reader import Checkpoint
@@ -261,9 +263,22 @@ def load_anchors(source: str | Path | None) -> Suite:
 def _check_needs(method: Method, inputs: Inputs) -> None:
     for role in sorted(method.needs):
         if role not in inputs.others:
-            raise UsageError(
-                f"{method.name} needs the {role} model", f"give its folder or Hub id: --{role} ..."
-            )
+            raise UsageError(f"{method.name} needs the {role} model", _how_to_give(role, inputs))
+
+
+def _how_to_give(role: str, inputs: Inputs) -> str:
+    """Proposes what the fine-tune's own files name as its origin; the user decides."""
+    finetuned = inputs.finetuned
+    folder = (
+        finetuned.adapter_folder if isinstance(finetuned, AdapterCheckpoint) else finetuned.folder
+    )
+    found = propose(folder)
+    named = {"aligned": found.aligned, "base": found.base}.get(role)
+    if named is None:
+        return f"give its folder or Hub id: --{role} ..."
+    if (folder / named).exists():  # a path in an adapter's config counts from its own folder
+        named = str((folder / named).resolve())
+    return f"the files of {finetuned.source} name {named}; if that is it: --{role} {named}"
 
 
 def _scope(asked: str | None, method: Method) -> Scope:
