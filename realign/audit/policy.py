@@ -37,7 +37,11 @@ class _Gate(_Strict):
 
 
 class MarginGate(_Gate):
-    """The verdict of one comparison must be `within_margin`."""
+    """The verdict of one comparison must be `within_margin`.
+
+    A margin on `refusal_logodds` gives a verdict (nats), but never passes the gate: nobody read an
+    answer (`needs_second_judge`). The KL has no margin, see `check_margins`.
+    """
 
     kind: Literal["margin"]
     comparison: ComparisonName
@@ -57,7 +61,11 @@ class MaxRateGate(_Gate):
 
 
 class MaxValueGate(_Gate):
-    """The upper limit of a mean (KL or refusal log-odds, nats) must not exceed `value`."""
+    """The upper limit of a mean (KL or refusal log-odds, nats) must not exceed `value`.
+
+    It bounds a number that the policy names as such and judges no answer, so that it needs no
+    second judge.
+    """
 
     kind: Literal["max_value"]
     role: Role
@@ -228,14 +236,20 @@ def parse_policy(text: str, *, path: str | None = None) -> Policy:
 
 
 def check_margins(policy: Policy) -> None:
-    """Refuse margins that no rate can have.
+    """Refuse margins that nothing can be put to.
 
     Raises:
-        PolicyError: a margin of 1 or more on a metric that is a rate.
+        PolicyError: a margin of 1 or more on a metric that is a rate, or any on the KL.
     """
     for gate in policy.gate:
-        if not isinstance(gate, MarginGate) or gate.metric in ("refusal_logodds", "kl"):
+        if not isinstance(gate, MarginGate) or gate.metric == "refusal_logodds":
             continue
+        if gate.metric == "kl":
+            raise PolicyError(
+                f"gate {gate.id!r}: there is no margin on kl, which is a comparison with the "
+                "reference already",
+                'bound it with a gate of kind "max_value"',
+            )
         if gate.margin >= 1.0:
             raise PolicyError(
                 f"gate {gate.id!r}: margin {gate.margin} of a rate must be below 1",

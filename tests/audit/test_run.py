@@ -367,6 +367,10 @@ def test_a_policy_decides_the_exit_code(family: Path, tmp_path: Path) -> None:
     assert {gate.id: gate.status for gate in report.gates}["kl"] == "pass"
     assert any(row.verdict for row in report.comparisons)
     assert report.policy.effective["gate"][1]["required"] is False
+    assert not any("no required gate" in line for line in report.summary.headline)
+    lenient = parse_policy(text.replace("value = 1000.0", "value = 1000.0\n    required = false"))
+    report = run_audit(replace(passing, policy=lenient))
+    assert report.exit_code == 0 and "no required gate" in report.summary.headline[0]
     strict = parse_policy(text.replace("1000.0", "0.0001"))
     report = run_audit(replace(passing, policy=strict))
     assert report.exit_code == 1 and report.run.status == "complete"
@@ -431,6 +435,7 @@ def test_bad_requests_write_nothing(family: Path, tmp_path: Path) -> None:
         ('metric = "asrr", margin = 0.1', "no metric 'asrr'"),
         ('metric = "error_rate", margin = 0.1', "not measured on harmful"),
         ('metric = "asr", margin = 3.0', "fractions"),
+        ('metric = "kl", margin = 3.0', "max_value"),
     ],
 )
 def test_policies_that_do_not_fit(family: Path, tmp_path: Path, gate: str, named: str) -> None:
