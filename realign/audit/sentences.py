@@ -211,7 +211,8 @@ def limits(
     if clustered:
         found.append(
             f"Items of {', '.join(clustered)} share entities: intervals are from whole clusters, "
-            "never narrower than for independent items."
+            "never narrower than for independent items. They cluster on entities and do not "
+            "generalise over templates: other wordings may differ by more."
         )
     if not noise_floor:
         found.append("The noise floor (the reference against itself) was not measured.")

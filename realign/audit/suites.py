@@ -198,7 +198,10 @@ def load_suite(source: str | Path, *, kind: SuiteKind | None = None) -> Suite:
             f"give it as --suite KIND={path} with a kind of: {', '.join(SUITE_KINDS)}",
         )
     if known is not None and kind is not None and known != kind:
-        raise SuiteError(f"{path}: the header says kind {known!r}, the command says {kind!r}")
+        raise SuiteError(
+            f"{path}: the header says kind {known!r}, the command says {kind!r}",
+            f"give it as --suite {path}, or correct the header",
+        )
     items = _parse_items(path, lines)
     rule = cast("Mapping[str, str] | None", header.get("rule"))
     resolved = known or kind
@@ -331,7 +334,10 @@ def _parse_items(path: Path, lines: list[tuple[int, str]]) -> tuple[Item, ...]:
         first_line[item.id] = number
         items.append(item)
     if not items:
-        raise SuiteError(f"{path}: the suite has a header and no items")
+        raise SuiteError(
+            f"{path}: the suite has a header and no items",
+            'write one JSON object per line below the header, with "id" and "prompt"',
+        )
     return tuple(items)
 
 
@@ -340,7 +346,10 @@ def _parse_item(path: Path, number: int, record: Mapping[str, Any]) -> Item:
     for name in ("id", "prompt"):
         value = record.get(name)
         if not isinstance(value, str) or not value.strip():
-            raise SuiteError(f"{where}: the item needs a text {name!r} that is not blank")
+            raise SuiteError(
+                f"{where}: the item needs a text {name!r} that is not blank",
+                'write {"id": "...", "prompt": "..."}; both are text',
+            )
     for name in _TEXT_FIELDS:
         value = record.get(name)
         if value is not None and not isinstance(value, str):

@@ -102,6 +102,9 @@ def _group(role: Role, trio: _Trio, *, spectra: bool, progress: Progress) -> Wei
                 skipped.append(f"{each.name}: {each.kind}")
             else:
                 found = list(_drift_of(each, trio, spectra=spectra))
+                if each.kind not in ("norm", "bias") and trio.base is not None:
+                    lacking = _lacking(each, trio, trio.base)
+                    skipped += [f"{each.name}: {lacking}"] if lacking else []
                 _require_finite(found, role, trio)
                 (vocabulary if each.kind in _VOCABULARY else rows).extend(found)
             task.advance()
@@ -144,13 +147,11 @@ def _drift_of(each: TensorRole, trio: _Trio, *, spectra: bool) -> Iterator[Matri
         yield MatrixDrift(key=name, module=NORM, layer=each.layer, terms=terms)
         return
     shape = trio.reference.tensors[name].shape
-    there = None if trio.base is None else trio.base.tensors.get(name)
+    fits = trio.base is not None and not _lacking(each, trio, trio.base)
     if each.kind in _VOCABULARY:
         common = min(shape[0], trio.subject.tensors[name].shape[0])
-        fits = there is not None and there.shape[0] >= common and there.shape[1:] == shape[1:]
         slots = (Slot(name, name, _VOCABULARY[each.kind], None, (0, common), transposed=False),)
     else:
-        fits = there is not None and there.shape == shape
         slots = slots_of(trio.subject, name)
     for slot in slots:
         yield matrix_drift(
@@ -162,6 +163,19 @@ def _drift_of(each: TensorRole, trio: _Trio, *, spectra: bool) -> Iterator[Matri
             base=_read(trio.base, slot) if trio.base is not None and fits else None,
             spectra=spectra,
         )
+
+
+def _lacking(each: TensorRole, trio: _Trio, base: Checkpoint) -> str:
+    """Why the base cannot give a tensor's alignment direction, or nothing if it can."""
+    there, shape = base.tensors.get(each.name), trio.reference.tensors[each.name].shape
+    if there is None:
+        return "not in the base, compared with the reference alone"
+    if each.kind in _VOCABULARY:
+        common = min(shape[0], trio.subject.tensors[each.name].shape[0])
+        fits = there.shape[0] >= common and there.shape[1:] == shape[1:]
+    else:
+        fits = there.shape == shape
+    return "" if fits else "of another shape in the base, compared with the reference alone"
 
 
 def _require_finite(rows: Sequence[MatrixDrift], role: Role, trio: _Trio) -> None:

@@ -105,6 +105,17 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_suite(tmp_path / "latin.jsonl")
 
 
+@pytest.mark.parametrize(
+    "lines", [(HEADER,), (HEADER, '{"id": "1"}'), (HEADER, '{"id": "1", "prompt": 3}')]
+)
+def test_missing_items_and_prompts_say_what_to_write(
+    tmp_path: Path, lines: tuple[str, ...]
+) -> None:
+    with pytest.raises(SuiteError) as caught:
+        load_suite(write(tmp_path / "a.jsonl", *lines))
+    assert '"id"' in caught.value.hint and '"prompt"' in caught.value.hint
+
+
 def test_a_kind_is_needed_and_must_agree(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="kind"):
         load_suite(write(tmp_path / "a.jsonl", *ITEMS))

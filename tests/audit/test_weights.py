@@ -127,6 +127,24 @@ def test_resized_vocabularies_share_rows_and_extra_tensors_are_listed(tmp_path: 
     assert weights.groups[0].total is None  # one of 28 numbers is more than 1 %
 
 
+def test_what_the_base_lacks_is_listed_and_not_dropped_in_silence(tmp_path: Path) -> None:
+    matrix = torch.randn(3, 3, generator=torch.Generator().manual_seed(0))
+    down = Q.replace("self_attn.q_proj", "mlp.down_proj")
+    up = Q.replace("self_attn.q_proj", "mlp.up_proj")
+    tensors = {name: matrix.clone() for name in (Q, down, up)}
+    reference = write(tmp_path / "r", tensors)
+    subject = write(tmp_path / "s", {name: 2 * tensor for name, tensor in tensors.items()})
+    base = write(tmp_path / "b", {Q: torch.zeros(3, 3), up: torch.zeros(3, 4)})
+    weights = measure_weights(reference=reference, subjects={"subject": subject}, base=base)
+    assert sorted(weights.skipped) == [
+        f"{down}: not in the base, compared with the reference alone",
+        f"{up}: of another shape in the base, compared with the reference alone",
+    ]
+    rows = {row.key: row for row in weights.groups[0].per_matrix}
+    assert rows[down].relative_distance == pytest.approx(1.0)
+    assert rows[down].alignment_retained is None and rows[Q].alignment_retained is not None
+
+
 def test_other_architectures_are_no_error_and_no_number(tmp_path: Path) -> None:
     reference = write(tmp_path / "r", {Q: torch.ones(3, 3)})
     subject = write(tmp_path / "s", {Q: torch.ones(3, 4)})
