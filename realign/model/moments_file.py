@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from realign.errors import CheckpointError, OutputError
-from realign.model.moments import Moments, MomentSet
+from realign.model.moments import MomentKind, Moments, MomentSet
 
 SCHEMA = "realign/moments/1"
 
@@ -29,7 +29,7 @@ def save_moments(path: Path, moments: MomentSet, *, about: Mapping[str, str]) ->
     Args:
         path: a file in an existing folder.
         moments: as collected.
-        about: provenance, read back by `load_moments`.
+        about: provenance, `StoredMoments.about` when it is read back.
 
     Raises:
         OutputError: the file cannot be written.
@@ -51,6 +51,7 @@ def save_moments(path: Path, moments: MomentSet, *, about: Mapping[str, str]) ->
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         save_file(tensors, partial, metadata=metadata)
+        partial.chmod(0o600)  # private, like the answers they were measured on
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{path} cannot be written: {error}", "is the disk full?") from error
@@ -58,33 +59,50 @@ def save_moments(path: Path, moments: MomentSet, *, about: Mapping[str, str]) ->
         partial.unlink(missing_ok=True)
 
 
-def load_moments(path: Path) -> tuple[MomentSet, Mapping[str, str]]:
-    """The moments in `path` and what was recorded about them.
+class StoredMoments(Mapping[str, Moments]):
+    """Moments in a file, read one matrix at a time: all of them at once can dwarf the model."""
 
-    Raises:
-        CheckpointError: the file is absent, damaged, or of another schema.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            metadata: dict[str, str] = file.metadata() or {}
+    def __init__(self, path: Path) -> None:
+        """Read what the file holds and check that it is all there; no moments are read yet.
+
+        Raises:
+            CheckpointError: the file is absent, damaged, or of another schema.
+        """
+        self._path = path
+        try:
+            with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+                metadata: dict[str, str] = file.metadata() or {}
+                tensors = set(cast(list[str], file.keys()))
             if metadata.get("schema") != SCHEMA:
                 raise CheckpointError(
                     f"{path} is of schema {metadata.get('schema')!r}, not {SCHEMA!r}",
                     "delete it; it will be computed again",
                 )
             index: dict[str, dict[str, Any]] = json.loads(metadata["index"])
-            sets: dict[int, Moments] = {}
-            moments: dict[str, Moments] = {}
-            for key, entry in index.items():
-                number = entry["set"]
-                if number not in sets:
-                    s1, s2 = file.get_tensor(f"{number}.s1"), file.get_tensor(f"{number}.s2")
-                    sets[number] = Moments(entry["n"], s1, s2, entry["kind"])
-                moments[key] = sets[number]
-            return MomentSet(moments, json.loads(metadata["missing"])), json.loads(
-                metadata["about"]
-            )
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as moments: {error}", "delete it; it will be computed again"
-        ) from error
+            self._index: dict[str, tuple[int, int, MomentKind]] = {
+                key: (int(each["set"]), int(each["n"]), cast(MomentKind, each["kind"]))
+                for key, each in index.items()
+            }
+            self.about: Mapping[str, str] = dict(json.loads(metadata["about"]))
+            self.missing: Mapping[str, str] = dict(json.loads(metadata["missing"]))
+            for number, _, _ in self._index.values():
+                if not {f"{number}.s1", f"{number}.s2"} <= tensors:
+                    raise ValueError(f"set {number} is not in it")
+        except (OSError, SafetensorError, LookupError, AttributeError, TypeError, ValueError) as e:
+            raise CheckpointError(
+                f"{path} cannot be read as moments: {e}", "delete it; it will be computed again"
+            ) from e
+
+    def __getitem__(self, key: str) -> Moments:
+        number, n, kind = self._index[key]
+        with safe_open(self._path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
+            # Copies: a view would keep the file's pages mapped.
+            s1 = file.get_tensor(f"{number}.s1").clone()
+            s2 = file.get_tensor(f"{number}.s2").clone()
+        return Moments(n, s1, s2, kind)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def __len__(self) -> int:
+        return len(self._index)

@@ -11,35 +11,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-
-from safetensors import safe_open
 
 from realign._version import __version__
 from realign.audit.canonical import sha256_json
 from realign.audit.judges import keyword_judge
 from realign.audit.suites import Suite
 from realign.checkpoint.reader import Checkpoint
-from realign.errors import ModelError, OutputError, SuiteError
+from realign.errors import CheckpointError, ModelError, OutputError, SuiteError
 from realign.model.chat import encode
 from realign.model.generation import generate
 from realign.model.loading import LoadedModel, load_model
 from realign.model.moments import (
     MomentRequest,
-    Moments,
     MomentSet,
     Tokens,
     collect_moments,
     token_sequence,
 )
-from realign.model.moments_file import save_moments
+from realign.model.moments_file import StoredMoments, save_moments
 from realign.progress import SILENT, Progress
 from realign.repair.estimate import slot_shape
 from realign.repair.method import Statistics
 from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors
+from realign.repair.record import versions
 from realign.repair.request import Inputs, RepairRequest
 
 MAX_REPLY_TOKENS = 128
@@ -92,11 +90,30 @@ class ModelWorkbench:
         wanted = {key: vars(each) for key, each in requests.items()}
         identity = sha256_json({**about, "requests": wanted})
         path = self._cache / f"moments-{identity[:32]}.safetensors"
-        if not path.exists():
+        stored = self._stored(path, about, requests)
+        if stored is None:
             self._collect(checkpoint, requests, tokens=cast(Tokens, tokens), about=about, path=path)
-        else:
-            self._progress.note(f"activation statistics from {path}")
-        return Statistics(StoredMoments(path), about)
+            stored = StoredMoments(path)
+        return Statistics(stored, about)
+
+    def _stored(
+        self, path: Path, about: Mapping[str, str], requests: Mapping[str, MomentRequest]
+    ) -> StoredMoments | None:
+        """The moments in the cache; None where there are none, or none that can be trusted."""
+        if not path.exists():
+            return None
+        try:
+            stored = StoredMoments(path)
+        except CheckpointError as error:
+            self._progress.note(f"measured again: {error.message}")
+            return None
+        if not about.items() <= stored.about.items() or set(requests) != (
+            set(stored) | set(stored.missing)
+        ):
+            self._progress.note(f"measured again: {path} belongs to another run")
+            return None
+        self._progress.note(f"activation statistics from {path}")
+        return stored
 
     def _collect(
         self,
@@ -135,8 +152,14 @@ class ModelWorkbench:
         """The answers, from the cache where this model has given them before."""
         path = self._cache / f"anchors-{sha256_json(self._about(checkpoint))[:32]}.json"
         if path.exists():
-            stored: list[dict[str, Any]] = json.loads(path.read_text("utf-8"))
-            return [_reply_from(each) for each in stored]
+            try:
+                stored = [_reply_from(each) for each in json.loads(path.read_text("utf-8"))]
+                asked = [(item.id, item.prompt) for item in self._suite.items]
+                if [(each.id, each.prompt) for each in stored] != asked:
+                    raise ValueError("it answers other prompts")
+                return stored
+            except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
+                self._progress.note(f"asked again: {path} cannot be used ({error})")
         prompts = [item.prompt for item in self._suite.items]
         longest = max(len(encode(loaded.tokenizer, prompt)) for prompt in prompts)
         length = min(MAX_REPLY_TOKENS, self._suite.max_new_tokens or MAX_REPLY_TOKENS)
@@ -164,6 +187,7 @@ class ModelWorkbench:
 
     def _about(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Everything an answer depends on: the weights, tokenizer and template by their hashes."""
+        installed = versions()
         return {
             "model": model_identity(checkpoint, self._progress),
             "anchors": self._suite.suite_hash,
@@ -171,32 +195,9 @@ class ModelWorkbench:
             "judge": keyword_judge().judge_hash,
             "device": self._plan.device.partition(":")[0],
             "version": f"{__version__}/{CACHE_VERSION}",
+            "torch": installed["torch"],
+            "transformers": installed["transformers"],
         }
-
-
-class StoredMoments(Mapping[str, Moments]):
-    """Moments in a file, read one matrix at a time: all of them at once can dwarf the model."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        with safe_open(path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            metadata: dict[str, str] = file.metadata() or {}
-        self._index: dict[str, dict[str, Any]] = json.loads(metadata["index"])
-        self.about: dict[str, str] = json.loads(metadata["about"])
-
-    def __getitem__(self, key: str) -> Moments:
-        entry = self._index[key]
-        with safe_open(self._path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            # Copies: a view would keep the file's pages mapped.
-            s1 = file.get_tensor(f"{entry['set']}.s1").clone()
-            s2 = file.get_tensor(f"{entry['set']}.s2").clone()
-        return Moments(entry["n"], s1, s2, entry["kind"])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._index)
-
-    def __len__(self) -> int:
-        return len(self._index)
 
 
 def moment_requests(
@@ -221,6 +222,8 @@ def moment_requests(
 def cache_folder(asked: str | Path | None = None) -> Path:
     """Where statistics are kept: as asked, REALIGN_CACHE, or realign/ in the user's cache.
 
+    Made for the user alone. One that exists keeps its rights: the files in it are private.
+
     Raises:
         OutputError: the folder cannot be made.
     """
@@ -231,7 +234,7 @@ def cache_folder(asked: str | Path | None = None) -> Path:
         asked = (Path(home) if home else Path.home() / ".cache") / "realign"
     folder = Path(asked)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(
             f"the cache folder {folder} cannot be made ({error.strerror})",
@@ -247,7 +250,7 @@ def model_identity(checkpoint: Checkpoint, progress: Progress = SILENT) -> str:
 
 
 def _reply_from(value: Mapping[str, Any]) -> AnchorReply:
-    fields: dict[str, Any] = {**value, "token_ids": tuple(value["token_ids"])}
+    fields: dict[str, Any] = {**value, "token_ids": tuple(map(int, value["token_ids"]))}
     return AnchorReply(**fields)
 
 
@@ -263,6 +266,7 @@ def _check_found(checkpoint: Checkpoint, found: MomentSet) -> None:
 def _write_text(path: Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
+        partial.touch(mode=0o600)  # answers to harmful prompts are nobody else's business
         partial.write_text(text, "utf-8")
         partial.replace(path)
     except OSError as error:

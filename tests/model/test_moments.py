@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from support.model_support import gpt2, llama, loaded, qwen2
 from torch import Tensor
@@ -31,7 +32,7 @@ from realign.model.moments import (
     collect_moments,
     token_sequence,
 )
-from realign.model.moments_file import load_moments, save_moments
+from realign.model.moments_file import StoredMoments, save_moments
 
 LAYER = "model.layers.1"
 
@@ -321,10 +322,13 @@ def test_round_trip_through_a_file_shares_what_was_shared(tmp_path: Path) -> Non
     found = collect_moments(loaded(llama()), sequences(), requests=requests)
     file = tmp_path / "moments.safetensors"
     save_moments(file, found, about={"model": "tiny"})
-    back, about = load_moments(file)
-    assert about == {"model": "tiny"}
+    back = StoredMoments(file)
+    assert back.about == {"model": "tiny"}
+    assert list(back) == sorted(found) and len(back) == len(found)
     assert back.missing == found.missing
-    assert back["q[0]"] is back["k"]
+    with safe_open(file, framework="pt") as stored:
+        assert len(stored.keys()) == 2 * 2, "q and k share their inputs"
+    assert file.stat().st_mode & 0o777 == 0o600
     for key, moments in found.items():
         assert (back[key].n, back[key].kind) == (moments.n, moments.kind)
         assert torch.equal(back[key].s1, moments.s1)
@@ -335,15 +339,20 @@ def test_round_trip_through_a_file_shares_what_was_shared(tmp_path: Path) -> Non
 def test_damaged_foreign_or_absent_files(tmp_path: Path) -> None:
     file = tmp_path / "moments.safetensors"
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_moments(file)
+        StoredMoments(file)
     save_file({"0.s1": torch.zeros(1)}, file)
     with pytest.raises(CheckpointError, match="schema"):
-        load_moments(file)
+        StoredMoments(file)
     save_moments(
         file, MomentSet({"a": Moments(0, torch.zeros(2), torch.zeros(2, 2), "input")}), about={}
     )
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(CheckpointError, match="cannot be read"):
-        load_moments(file)
+        StoredMoments(file)
+    about = {"schema": "realign/moments/1", "missing": "{}", "about": "{}"}
+    for index in ("", "[]", "null", '{"a": 1}', '{"a": {"set": 3, "n": 0, "kind": "input"}}'):
+        save_file({"0.s1": torch.zeros(1)}, file, metadata={**about, "index": index})
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            StoredMoments(file)
     with pytest.raises(OutputError, match="cannot be written"):
         save_moments(tmp_path / "absent" / "x", MomentSet({}), about={})

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.model_support import llama, word_tokenizer
 from support.repair_support import assert_output, read_folder
 
+from realign.audit.judges import keyword_judge
 from realign.errors import SuiteError
+from realign.model.moments import Moments, MomentSet
+from realign.model.moments_file import save_moments
 from realign.progress import SilentProgress
+from realign.repair import plan as plan_module
 from realign.repair import workbench
 from realign.repair.engine import RepairResult, repair
+from realign.repair.record import versions
 from realign.repair.request import RepairRequest
 
 WORDS = ("i", "cannot", "help", "with", "that", "sure", *(f"w{i}" for i in range(33)))
@@ -73,10 +81,9 @@ class _Notes(SilentProgress):
 
 def _repair(family: dict[str, Path], output: Path, cache: Path, **options: Any) -> RepairResult:
     settings = {"min_tokens": 16, "eta": 0.7, **options.pop("settings", {})}
+    progress = options.pop("progress", None) or _Notes()
     usual = {"method": "lssf", "settings": settings, "output": output, "cache_dir": cache}
-    return repair(
-        RepairRequest(**{**family, **usual, **options}), progress=options.get("progress", _Notes())
-    )
+    return repair(RepairRequest(**{**family, **usual, **options}), progress=progress)
 
 
 def _outputs(family: dict[str, Path], tokens: str) -> dict[str, torch.Tensor]:
@@ -173,6 +180,133 @@ def test_statistics_are_computed_once_and_cached(
     for name, tensor in finetuned.items():
         half = (one[name] - tensor) / 2
         assert torch.allclose(two[name] - tensor, half, atol=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def filled(family, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of one run; copied by whoever would change it."""
+    folder = tmp_path_factory.mktemp("filled")
+    _repair(family, folder / "out", folder / "cache")
+    return folder / "cache"
+
+
+def _other_anchors(family: dict[str, Path], folder: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
+    lines = family["anchors"].read_text().splitlines()
+    (folder / "fewer.jsonl").write_text("\n".join(lines[1:]))
+    return {"anchors": folder / "fewer.jsonl"}
+
+
+def _other_judge(
+    family: dict[str, Path], folder: Path, patched: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    judge = replace(keyword_judge(), mode="anywhere")
+    patched.setattr(workbench, "keyword_judge", lambda: judge)
+    return {}
+
+
+def _other_template(family: dict[str, Path], folder: Path, _: pytest.MonkeyPatch) -> dict[str, Any]:
+    shutil.copytree(family["aligned"], folder / "aligned")
+    found = [
+        folder / "aligned" / "chat_template.jinja",
+        folder / "aligned" / "tokenizer_config.json",
+    ]
+    file = next(each for each in found if each.exists() and "<user>" in each.read_text())
+    file.write_text(file.read_text().replace("<user>", "<user> ", 1))
+    return {"aligned": folder / "aligned"}
+
+
+def _other_versions(
+    family: dict[str, Path], folder: Path, patched: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    old = {**versions(), "transformers": "4.0.0"}
+    patched.setattr(workbench, "versions", lambda: old)
+    return {}
+
+
+def _other_device(
+    family: dict[str, Path], folder: Path, patched: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    patched.setattr(plan_module, "resolve_device", lambda _: torch.device("meta"))
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _other_anchors,
+        _other_judge,
+        _other_template,
+        _other_versions,
+        _other_device,
+        lambda *_: {"settings": {"tokens": "prompt"}},
+        lambda *_: {"settings": {"standardize": "token"}},
+    ],
+    ids=["anchors", "judge", "template", "versions", "device", "tokens", "standardize"],
+)
+def test_what_the_moments_depend_on_makes_them_anew(
+    family, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any
+) -> None:
+    class Loaded(Exception):
+        pass
+
+    def load(*_: Any, **__: Any) -> None:
+        raise Loaded
+
+    monkeypatch.setattr(workbench, "load_model", load)
+    _repair(family, tmp_path / "unchanged", filled)
+    options = change(family, tmp_path, monkeypatch)
+    with pytest.raises(Loaded):
+        _repair(family, tmp_path / "out", filled, **options)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def _garbage(path: Path) -> None:
+    path.write_bytes(b"\xff{]")
+
+
+def _foreign(path: Path) -> None:
+    if path.suffix == ".json":
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps(stored[1:]))
+    else:
+        moments = Moments(1, torch.zeros(2), torch.zeros(2, 2), "input")
+        save_moments(path, MomentSet({"another": moments}), about={})
+
+
+def _bare(path: Path) -> None:
+    if path.suffix == ".json":
+        path.write_text('[{"id": 1}]')
+    else:
+        save_file({"x": torch.zeros(1)}, path)
+
+
+@pytest.mark.parametrize("damage", [_cut, _garbage, _foreign, _bare])
+def test_a_damaged_cache_is_made_anew_with_a_note(
+    family, filled: Path, tmp_path: Path, damage: Any
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(filled, cache)
+    for path in cache.iterdir():
+        damage(path)
+    notes = _Notes()
+    _repair(family, tmp_path / "out", cache, progress=notes)
+    assert [line.partition(":")[0] for line in notes.lines if "again:" in line] == [
+        "measured again",
+        "asked again",
+    ]
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        filled.parent / "out" / "model.safetensors"
+    ).read_bytes()
+    _repair(family, tmp_path / "again", cache, progress=notes)
+    assert notes.lines[-1].startswith("activation statistics from"), "the cache is whole again"
+
+
+def test_the_cache_is_private(filled: Path) -> None:
+    assert filled.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o777 for path in filled.iterdir()} == {0o600}
 
 
 def test_other_tokens_reuse_the_answers(
