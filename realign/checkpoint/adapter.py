@@ -11,7 +11,6 @@ head of its own and its config says so.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -38,6 +37,7 @@ from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reader import (
     ADAPTER_CONFIG,
     Checkpoint,
+    dump_config,
     hash_files,
     open_checkpoint,
     read_json_object,
@@ -189,8 +189,7 @@ class AdapterCheckpoint(Checkpoint):
         """See `Checkpoint.sidecars`: the base's files, the adapter's tokenizer and card."""
         found = adapter_sidecars(self.base.sidecars(), self.folder)
         if self.config != self.base.config:
-            text = json.dumps(dict(self.config), indent=2, ensure_ascii=False)
-            found["config.json"] = f"{text}\n".encode()
+            found["config.json"] = dump_config(self.config)
         return found
 
 

@@ -137,7 +137,11 @@ def _pair(
         )
     slots = slots_of(finetuned, role.name)
     reason = [f"in scope {scope}", fusion_remark(role, slots)]
-    if role.kind == "embedding" and is_tied(finetuned.config) and _is_input(finetuned, role):
+    if (
+        role.kind == "embedding"
+        and is_tied(finetuned.config, finetuned.tensors)
+        and _is_input(finetuned, role)
+    ):
         reason.append("tied to the output head, which changes with it")
     return TensorPair(role, "edit", "; ".join(part for part in reason if part), slots, common)
 
@@ -216,7 +220,7 @@ def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
     """Both sides must store the same tensors, but for buffers and a head that one of them ties."""
     ours, theirs = _required(finetuned), _required(other)
     for checkpoint, names in ((finetuned, theirs), (other, ours)):
-        if is_tied(checkpoint.config) and not find_head(checkpoint.tensors):
+        if is_tied(checkpoint.config, checkpoint.tensors) and not find_head(checkpoint.tensors):
             names -= {name for name in names if role_kind(name) == "head"}
     here, there = sorted(ours - theirs), sorted(theirs - ours)
     here = [name for name in here if name not in other.tensors]

@@ -79,10 +79,22 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return cast(Mapping[str, Any], nested) if isinstance(nested, Mapping) else config
 
 
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the config ties the output head to the embeddings."""
+def says_tied(config: Mapping[str, Any]) -> bool | None:
+    """What a config says about its output head being the embeddings; None where it says nothing."""
     inner = text_config(config)
-    return bool(inner.get("tie_word_embeddings", config.get("tie_word_embeddings", False)))
+    said = inner.get("tie_word_embeddings", config.get("tie_word_embeddings"))
+    return None if said is None else bool(said)
+
+
+def is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether the output head is the embeddings.
+
+    Where the config does not say, its class decides (GPT-2 and Gemma tie, and transformers leaves
+    out what equals a default): a checkpoint without a head of its own is taken for a tied one. A
+    stored copy of the embeddings is left out when a checkpoint is opened (see `reader`).
+    """
+    said = says_tied(config)
+    return find_head(tensors) is None if said is None else said
 
 
 def find_embedding(tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -208,7 +208,7 @@ class Pairing:
         return longer[0] if len(longer) == 1 else None
 
     def _tied_head(self, module: str) -> str | None:
-        if module.split(".")[-1] == _HEAD and is_tied(self._base.config):
+        if module.split(".")[-1] == _HEAD and is_tied(self._base.config, self._base.tensors):
             return find_embedding(self._base.tensors)
         return None
 
@@ -236,7 +236,7 @@ def settle_ties(
     """Give the head its own tensor where training untied it; returns what the config must say."""
     head = next((n for n in changes if n.split(".")[-2:] == [_HEAD, "weight"]), None)
     embedding = find_embedding(base.tensors)
-    if find_head(base.tensors) or embedding is None or not is_tied(base.config):
+    if find_head(base.tensors) or embedding is None or not is_tied(base.config, base.tensors):
         return {}
     embedded = changes.get(embedding)
     if head is not None:
@@ -254,7 +254,7 @@ def settle_ties(
 def tie_remarks(base: Checkpoint, changes: Mapping[str, Change]) -> tuple[str, ...]:
     """What is worth saying where LoRA and tied embeddings meet."""
     embedding = find_embedding(base.tensors)
-    if embedding is None or find_head(base.tensors) or not is_tied(base.config):
+    if embedding is None or find_head(base.tensors) or not is_tied(base.config, base.tensors):
         return ()
     if embedding not in changes or not changes[embedding].loras:
         return ()

@@ -20,7 +20,7 @@ from torch import Tensor
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.hub import resolve
 from realign.checkpoint.manifest import sha256_file
-from realign.checkpoint.names import find_embedding, find_head, is_tied
+from realign.checkpoint.names import find_embedding, find_head, says_tied
 from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reference import parse_reference
 from realign.checkpoint.sidecars import folder_sidecars
@@ -99,7 +99,9 @@ class FolderCheckpoint(Checkpoint):
         weights, tensors = read_tensors(folder, self.config)
         self.weight_files, self.remarks = weights.files, weights.remarks
         self._files = TensorFiles()
+        self._says_more: Mapping[str, Any] = {}
         self.tensors = MappingProxyType(self._without_tied_copy(dict(tensors)))
+        self.config = MappingProxyType({**self.config, **self._says_more})
         self._hashes: Mapping[str, str] | None = None
 
     def _without_tied_copy(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
@@ -108,12 +110,15 @@ class FolderCheckpoint(Checkpoint):
         Loaders tie it again. Left in, it would have to be edited in step with the embeddings.
         """
         embedding, head = find_embedding(tensors), find_head(tensors)
-        if embedding is None or head is None or not is_tied(self.config):
+        said = says_tied(self.config)
+        if embedding is None or head is None or said is False:
             return tensors
         if self._files.same(tensors[embedding], tensors[head]):
             self.remarks += (f"{head} repeats {embedding}, to which it is tied: left out",)
             del tensors[head]
-        else:
+            # Some classes tie only where they are told to: without the copy, it must be said.
+            self._says_more = {"tie_word_embeddings": True} if said is None else {}
+        elif said:
             self.remarks += (f"{head} differs from {embedding} although the config ties them",)
         return tensors
 
@@ -133,7 +138,15 @@ class FolderCheckpoint(Checkpoint):
 
     def sidecars(self) -> Mapping[str, Path | bytes]:
         """See `Checkpoint.sidecars`."""
-        return folder_sidecars(self.folder)
+        found: dict[str, Path | bytes] = dict(folder_sidecars(self.folder))
+        if self._says_more:
+            found["config.json"] = dump_config(self.config)
+        return found
+
+
+def dump_config(config: Mapping[str, Any]) -> bytes:
+    """A config as the bytes of config.json."""
+    return f"{json.dumps(dict(config), indent=2, ensure_ascii=False)}\n".encode()
 
 
 def hash_files(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.checkpoint_support import LLAMA, llama_tensors, write_model
 
+from realign.checkpoint.matching import match
+from realign.checkpoint.names import is_tied
 from realign.checkpoint.reader import FolderCheckpoint, open_checkpoint
 from realign.errors import CheckpointError
 
@@ -134,3 +138,35 @@ def test_a_tied_head_that_repeats_the_embeddings_is_left_out(tmp_path: Path) -> 
     assert "lm_head.weight" not in same.tensors and "repeats" in same.remarks[0]
     other = FolderCheckpoint(write_model(tmp_path / "other", TENSORS, config=tied), source="other")
     assert "lm_head.weight" in other.tensors and "differs" in other.remarks[0]
+
+
+def _without_key(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("tie_word_embeddings", None)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_gpt2_without_the_key_is_tied(saved_model: Callable[[str], Path], tmp_path: Path) -> None:
+    shutil.copytree(saved_model("gpt2"), tmp_path / "gpt2")
+    _without_key(tmp_path / "gpt2")
+    with open_checkpoint(tmp_path / "gpt2") as checkpoint:
+        assert is_tied(checkpoint.config, checkpoint.tensors)
+        pairs = match(checkpoint, {}, scope="matrices").pairs
+        (reason,) = [each.reason for each in pairs if each.role.module == "wte"]
+        assert "tied to the output head" in reason
+        assert checkpoint.sidecars()["config.json"] == tmp_path / "gpt2" / "config.json"
+
+
+def test_without_the_key_a_head_that_repeats_the_embeddings_is_tied(tmp_path: Path) -> None:
+    silent = {key: value for key, value in LLAMA.items() if key != "tie_word_embeddings"}
+    tensors = {**TENSORS, "lm_head.weight": TENSORS["model.embed_tokens.weight"].clone()}
+    same = FolderCheckpoint(write_model(tmp_path / "same", tensors, config=silent), source="same")
+    assert "lm_head.weight" not in same.tensors and is_tied(same.config, same.tensors)
+    written = same.sidecars()["config.json"]
+    assert isinstance(written, bytes) and json.loads(written) == {
+        **silent,
+        "tie_word_embeddings": True,
+    }
+    other = FolderCheckpoint(write_model(tmp_path / "o", TENSORS, config=silent), source="other")
+    assert "lm_head.weight" in other.tensors and not other.remarks
+    assert not is_tied(other.config, other.tensors)
