@@ -146,9 +146,7 @@ def draw_grid(found: dict[tuple[str, str], list[Line]], folder: Path) -> None:
             (row[1], ("replace", "delta_svd", "wise_ft"), "methods without data"),
         ):
             arms = [
-                arm
-                for arm in dict.fromkeys(line["arm"] for line in usable)
-                if arm.startswith(wanted)
+                arm for arm in sorted({line["arm"] for line in usable}) if arm.startswith(wanted)
             ]
             for i, arm in enumerate(arms):
                 points = [line for line in usable if line["arm"] == arm]
