@@ -41,6 +41,9 @@ MIN_ANCHORS = 16
 """Fewer refused anchors say too little about where refusal lives."""
 
 
+_HALVES = {"F16": "float16", "BF16": "bfloat16"}
+
+
 @dataclass(frozen=True)
 class PlannedInput:
     """One checkpoint of the run."""
@@ -179,6 +182,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
             f"{inputs.finetuned.source} has no tensor in the scope {scope}",
             "choose a wider one with --scope matrices or --scope all",
         )
+    notes += _merge_notes(inputs.finetuned, matching)
     layout = plan_layout(inputs.finetuned)
     anchors = _plan_anchors(request) if method.needs_anchors else None
     if request.anchors is not None and anchors is None:
@@ -348,6 +352,20 @@ def _check_first_repair(request: RepairRequest, method: Method, finetuned: Check
             "a second repair is rarely meant; --force repeats it",
         )
     return [f"the fine-tune has been repaired before, with {name}"]
+
+
+def _merge_notes(finetuned: Checkpoint, matching: Matching) -> list[str]:
+    """An adapter over 16 bits is rounded when it is merged, before the edit is."""
+    if finetuned.kind != "adapter":
+        return []
+    edited = {finetuned.tensors[p.role.name].dtype for p in matching.pairs if p.action == "edit"}
+    low = [_HALVES[dtype] for dtype in sorted(edited & _HALVES.keys())]
+    if not low:
+        return []
+    return [
+        f"the adapter is merged in {' and '.join(low)} as peft merges it; the edit is taken from "
+        "the merged weights"
+    ]
 
 
 def _plan_anchors(request: RepairRequest) -> PlannedAnchors:

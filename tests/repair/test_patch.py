@@ -20,6 +20,7 @@ from realign.errors import EmptyEditError, UsageError
 from realign.repair.edit import Dense, LowRank
 from realign.repair.engine import RepairResult, repair
 from realign.repair.patch import factor
+from realign.repair.plan import plan
 from realign.repair.request import RepairRequest
 
 SLOT = Slot("w.weight", "w.weight", "w", 0, None, False)
@@ -156,6 +157,23 @@ def test_a_patch_over_an_adapter_is_refused(trio_of, tmp_path: Path) -> None:
     adapter = make_adapter(trio, tmp_path / "adapter")
     with pytest.raises(UsageError, match="--patch"):
         _repair(trio, tmp_path / "out", finetuned=adapter, patch=True)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "word"),
+    [(torch.float32, None), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
+)
+def test_the_plan_says_that_an_adapter_is_rounded_when_merged(
+    trio_of, tmp_path: Path, dtype: torch.dtype, word: str | None
+) -> None:
+    trio = trio_of("llama", dtype)
+    usual: Any = {"aligned": trio.aligned, "base": trio.base, "method": "replace"}
+    notes = plan(RepairRequest(finetuned=make_adapter(trio, tmp_path / "adapter"), **usual)).notes
+    found = [note for note in notes if "as peft merges it" in note]
+    assert len(found) == (word is not None)
+    assert all(f"merged in {word} as" in note for note in found)
+    full = plan(RepairRequest(finetuned=trio.finetuned, **usual)).notes
+    assert not any("as peft merges it" in note for note in full)
 
 
 def test_an_adapter_is_repaired_merged(trio_of, tmp_path: Path) -> None:
