@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,12 +33,22 @@ __all__ = [
     "content_digest",
     "dump_json",
     "read_manifest",
+    "redact_command",
     "sha256_file",
     "tensor_list",
     "verify_output",
 ]
 
 MANIFEST_SCHEMA = "realign/repair-manifest/1"
+
+REDACTED = "***"
+
+_SECRET = r"(?:[a-z0-9_-]*[_-])?(?:token|password|secret|api[_-]?key)"
+_SECRET_OPTION = re.compile(rf"--?{_SECRET}", re.IGNORECASE)
+_SECRET_VALUE = re.compile(rf"((?:^|[?&;])(?:--?)?{_SECRET}=)[^&#]*", re.IGNORECASE)
+# Of hf://org/name@revision the at sign is no user's.
+_USER = re.compile(r"((?<![a-z0-9+.-])(?!hf:)[a-z][a-z0-9+.-]*://)[^/?#\s]*@", re.IGNORECASE)
+_HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 _CHUNK = 8 * 2**20
 _LOADED = (".safetensors", ".bin", ".pt", ".py", ".index.json", "adapter_config.json")
@@ -83,6 +94,26 @@ def content_digest(folder: Path) -> str:
 def dump_json(value: Mapping[str, Any]) -> str:
     """JSON for files that people read and programs compare: sorted keys, indented, no NaN."""
     return json.dumps(value, sort_keys=True, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def redact_command(arguments: Sequence[str]) -> tuple[str, ...]:
+    """A command line as it may be published: no user in a URL, no value of a token.
+
+    Left out are the user part of URLs, and replaced by *** are the values of options and settings
+    named like a token, password, secret or key (`--token X`, `--hub-token=X`, `HF_TOKEN=X`,
+    `?token=X`) and access tokens of the Hub wherever they stand.
+    """
+    found: list[str] = []
+    hidden = False
+    for argument in arguments:
+        if hidden:
+            found.append(REDACTED)
+            hidden = False
+            continue
+        hidden = _SECRET_OPTION.fullmatch(argument) is not None
+        argument = _SECRET_VALUE.sub(rf"\g<1>{REDACTED}", argument)
+        found.append(_HUB_TOKEN.sub(REDACTED, _USER.sub(r"\g<1>", argument)))
+    return tuple(found)
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any] | None:

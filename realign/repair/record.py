@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from realign._version import __version__
-from realign.checkpoint.manifest import MANIFEST_SCHEMA
+from realign.checkpoint.manifest import MANIFEST_SCHEMA, redact_command
 from realign.repair.apply import Effect
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def build_manifest(
         hashes: SHA-256 of every input file, by role and relative name.
         statistics: what the method learned from a running model.
         files: SHA-256 of every file of the output.
-        command: the command line, if there was one.
+        command: the command line, if there was one; recorded without secrets.
     """
     card = plan.method.card
     return {
@@ -224,7 +224,7 @@ def build_manifest(
         "statistics": dict(statistics.provenance),
         "notes": list(plan.notes),
         "versions": versions(),
-        "command": list(command),
+        "command": list(redact_command(command)),
         "totals": totals_of(rows, copied=len(plan.copies)).to_json(),
         "tensors": [row.to_json() for row in rows],
         "copied": {pair.role.name: pair.reason for pair in plan.copies},

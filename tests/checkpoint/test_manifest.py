@@ -16,6 +16,7 @@ from realign.checkpoint.manifest import (
     MANIFEST_SCHEMA,
     content_digest,
     read_manifest,
+    redact_command,
     sha256_file,
     tensor_list,
     verify_output,
@@ -150,3 +151,26 @@ def test_a_manifest_that_lists_nothing(tmp_path: Path, output: object) -> None:
     (tmp_path / MANIFEST_NAME).write_text(text)
     with pytest.raises(CheckpointError, match="lists no files"):
         verify_output(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("typed", "recorded"),
+    [
+        ("repair ./m -o out", "repair ./m -o out"),
+        ("--token abc x", "--token *** x"),
+        ("--hub-token=abc x", "--hub-token=*** x"),
+        ("HF_TOKEN=abc realign", "HF_TOKEN=*** realign"),
+        ("--set api_key=abc", "--set api_key=***"),
+        ("https://me:pa@ss@host:1/m?a=1", "https://host:1/m?a=1"),
+        ("https://host/m?token=abc&a=1", "https://host/m?token=***&a=1"),
+        ("--judge=https://me@host/m@v1", "--judge=https://host/m@v1"),
+        (f"x/hf_{'a' * 34}/y", "x/***/y"),
+        # What only looks alike stays.
+        ("--max-new-tokens 40 --set tokens=all", "--max-new-tokens 40 --set tokens=all"),
+        ("hf://gpt2@main hf://org/name@main org/name@main",) * 2,
+        ("./token ./secret", "./token ./secret"),
+        ("--token", "--token"),
+    ],
+)
+def test_a_recorded_command_holds_no_secrets(typed: str, recorded: str) -> None:
+    assert redact_command(typed.split()) == tuple(recorded.split())

@@ -180,7 +180,7 @@ def test_manifest_records_what_was_done(trio_of, tmp_path: Path) -> None:
         tmp_path / "out",
         method="delta_svd",
         settings={"rank": "entropy", "eta": 0.8},
-        command=["realign", "repair"],
+        command=["realign", "repair", "--token", "letmein"],
     )
     manifest = read_manifest(tmp_path / "out")
     assert manifest == result.manifest
@@ -188,7 +188,7 @@ def test_manifest_records_what_was_done(trio_of, tmp_path: Path) -> None:
     assert manifest["method"]["name"] == "delta_svd"
     assert manifest["method"]["settings"]["eta"] == 0.8
     assert manifest["safety_vector"] == "base"
-    assert manifest["command"] == ["realign", "repair"]
+    assert manifest["command"] == ["realign", "repair", "--token", "***"]
     for role in ("finetuned", "aligned", "base"):
         folder: Path = getattr(trio, role)
         files = manifest["inputs"][role]["files"]

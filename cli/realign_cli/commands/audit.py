@@ -261,5 +261,7 @@ def manifest_of(repaired: object) -> dict[str, object] | None:
 
 
 def command_line() -> str:
-    """Return what was typed, for the record."""
-    return shlex.join(["realign", *sys.argv[1:]])
+    """Return what was typed, for the record: without tokens and users in URLs."""
+    from realign.checkpoint.manifest import redact_command
+
+    return shlex.join(redact_command(["realign", *sys.argv[1:]]))
