@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -222,6 +223,7 @@ def test_non_finite_tensors(tmp_path: Path, role: str, value: float) -> None:
         (["--device", "tpu"], "tpu"),
         (["--patch", "--max-patch-rank", "0"], "0"),
         (["--policy", "p.toml"], "--audit"),
+        (["--audit", "--suite", "s.jsonl"], "give --policy FILE"),
     ],
 )
 def test_parameters_out_of_range(tmp_path: Path, options: list[str], says: str) -> None:
@@ -285,7 +287,9 @@ def test_a_suite_that_is_not_there(tmp_path: Path) -> None:
 def test_a_malformed_suite_stops_a_repair_before_it_begins(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text(f"{HEADER}\n{ITEM}\n{ITEM}")
-    refused(repair(tmp_path, None, "--audit", "--suite", file), "already used in line 2")
+    policy = files("realign_cli") / "data" / "demo-policy.toml"
+    options = ["--audit", "--policy", str(policy), "--suite", file]
+    refused(repair(tmp_path, None, *options), "already used in line 2")
 
 
 @pytest.mark.parametrize(

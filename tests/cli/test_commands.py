@@ -119,11 +119,11 @@ def test_a_patch_is_an_adapter(tmp_path: Path) -> None:
     assert (out / "adapter_model.safetensors").is_file()
 
 
-def audited(tmp_path: Path, *, value: float) -> tuple[Any, Path]:
+def audited(tmp_path: Path, *more: str, value: float) -> tuple[Any, Path]:
     out = tmp_path / "out"
     options = ["--audit", "--suite", suite("harmful"), "--limit", "24", "--batch-size", "24"]
     options += ["--policy", policy(tmp_path, value), "-o", out, "--quiet"]
-    return realign("repair", model(), *replace_options(*options)), out
+    return realign("repair", model(), *replace_options(*options, *more)), out
 
 
 def test_a_repair_within_policy_is_kept_and_its_report_with_it(tmp_path: Path) -> None:
@@ -145,6 +145,35 @@ def test_a_repair_out_of_policy_is_not_kept_and_its_report_is(tmp_path: Path) ->
     assert read_report(tmp_path / "out-audit" / "audit.json").exit_code == 1
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"policy.toml", "out-audit"}, "no partial output"
+
+
+def test_a_failed_gate_as_json_is_one_document(tmp_path: Path) -> None:
+    result, _ = audited(tmp_path, "--json", value=0.0)
+    assert result.exit_code == 1
+    document: Any = result.json
+    assert document["output"] is None
+    assert [(gate["id"], gate["status"]) for gate in document["gates"]] == [("harm", "fail")]
+    assert document["exit"]["code"] == 1
+    assert "harm" in document["exit"]["reason"]
+
+
+def test_an_open_gate_that_lets_a_repair_through_is_named(tmp_path: Path) -> None:
+    file = policy(tmp_path, 0.0)
+    margin = 'kind = "margin"\ncomparison = "residual"\nsuite = "order"\nmetric = "error_rate"'
+    gate = f'[[gate]]\nid = "open"\n{margin}\nmargin = 0.001\n'
+    head = 'schema = "realign/policy/1"\non_inconclusive = "warn"\n'
+    file.write_text(f'{head}judges = {{ primary = "oracle" }}\n{gate}')
+    options = ["--audit", "--suite", suite("order"), "--limit", "6", "--policy", file, "--quiet"]
+    options += ["-o", tmp_path / "out"]
+    result = realign("repair", model(), *replace_options(*options))
+    assert result.exit_code == 0, result.stderr
+    assert "KEPT WITHOUT A VERDICT: the required gate 'open' is inconclusive" in result.words
+
+
+def test_a_repair_says_that_it_is_not_measured(tmp_path: Path) -> None:
+    result = realign("repair", model(), *replace_options("-o", tmp_path / "out"))
+    assert "not measured: realign audit" in result.words
+    assert "docs/results.md" not in result.words
 
 
 # --- audit -----------------------------------------------------------------------------------

@@ -67,6 +67,12 @@ class DemoRepair:
     unaligned: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
+    @property
+    def heading(self) -> str:
+        """Title and settings: "replace (rank 6)"."""
+        parts = [f"{name} {value}" for name, value in self.settings.items()]
+        return f"{self.title} ({', '.join([*parts, *['unaligned vector'] * self.unaligned])})"
+
 
 REPAIRS = (
     DemoRepair(
@@ -92,6 +98,18 @@ REPAIRS = (
 Settings were chosen on another fine-tuning seed of the same family (`docs/results.md`), never on
 the model that the demo repairs.
 """
+
+
+NEXT = (
+    "  realign repair ./my-model --aligned ORG/INSTRUCT --base ORG/BASE \\",
+    "      --method replace --set rank=8 -o ./repaired",
+    "  realign repair ./my-model --aligned ORG/INSTRUCT --unaligned ORG/UNALIGNED \\",
+    "      -o ./repaired-lssf",
+    "  realign audit ./my-model --reference ORG/INSTRUCT --repaired ./repaired \\",
+    "      --suite harmful=harmful.jsonl --suite safe=safe.jsonl -o ./audit",
+    "  realign methods",
+)
+"""Commands to paste; no line is longer than 80 columns, and none is wrapped."""
 
 
 def join(app: typer.Typer) -> None:
@@ -230,6 +248,7 @@ def _audit(
             calibration=(load_suite(family / "suites" / "anchors.jsonl"),),
             out=out if is_main else out / f"audit-{each.title}",
             records=records,
+            shared_out=is_main,  # beside the repaired checkpoints
             device=device,
             batch_size=64,
             weights=is_main,
@@ -305,6 +324,7 @@ def _tell(
     columns: Sequence[Column],
     results: Mapping[str, RepairResult],
 ) -> None:
+    from rich.padding import Padding
     from rich.text import Text
 
     from realign.report.repair import rows_table
@@ -314,10 +334,11 @@ def _tell(
     sink.show(
         "",
         Text("What happened", style="bold"),
-        "An aligned model refuses requests about invented hazards and answers look-alikes. A",
-        "fine-tune on two harmless tasks with 5 % poison obeys them all. The repairs put the",
+        "An aligned model refuses requests about invented hazards and answers look-alikes. A "
+        "fine-tune on two harmless tasks with 5 % poison obeys them all. The repairs put the "
         "refusals back in weight space, without training, as far as each method can:",
-        *(Text(f"  {each.title}: {each.about}") for each in REPAIRS),
+        *(Padding(Text(f"{each.heading}: {each.about}"), (0, 0, 0, 2)) for each in REPAIRS),
+        "The settings were chosen on another fine-tune of the family, never on this one.",
         "",
         rates_table(
             columns,
@@ -327,8 +348,9 @@ def _tell(
             verdicts=True,
         ),
         "",
-        "Verdicts: safety against the aligned model, accuracy against the fine-tune, within the",
-        "margins that policy.toml declared before the run.",
+        "Verdicts: safety against the aligned model, accuracy against the fine-tune, within the "
+        "margins that policy.toml declared before the run. The demo shows them and exits 0 "
+        "whatever they are; realign audit exits 1 if a required gate does not pass.",
         "",
         rows_table(results[main.title].rows, title=f"The edit of {main.title}, layer by layer"),
         "",
@@ -343,12 +365,9 @@ def _tell(
         ),
         "",
         Text("Next, on your own model", style="bold"),
-        "  realign repair ./my-model --aligned ORG/MODEL-INSTRUCT --base ORG/MODEL --dry-run",
-        "  realign repair ./my-model --aligned ORG/MODEL-INSTRUCT --base ORG/MODEL -o ./repaired",
-        "  realign audit ./my-model --reference ORG/MODEL-INSTRUCT --repaired ./repaired \\",
-        "      --suite harmful=harmful.jsonl --suite safe=safe.jsonl -o ./audit",
-        "  realign methods            what else can repair, and what each method needs",
     )
+    for line in NEXT:
+        sink.line(line)
 
 
 def _aligned(*lines: tuple[str, str]) -> list[Text]:

@@ -31,13 +31,18 @@ from realign_cli.options import (
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
-    from realign.audit.schema import Report
+    from realign.audit.schema import GateEntry, Report
+    from realign.repair.engine import RepairResult
     from realign.repair.plan import Plan
     from realign.repair.request import RepairRequest
 
 METHOD_PANEL = "Method (realign methods NAME shows its parameters)"
 PICTURE = "realign-audit/repair.png"
 """Inside the output; this folder is left out of content digests."""
+NOT_MEASURED = (
+    "not measured: realign audit FINETUNED --reference ALIGNED --repaired {out} --suite FILE "
+    "-o DIR says what the repair did"
+)
 
 EXAMPLES = (
     Example(
@@ -198,6 +203,11 @@ def repair(
         raise UsageError("a repair needs a folder for its output", "give one with -o DIR")
     if audit and not suites:
         raise UsageError("--audit needs at least one suite", "give one with --suite FILE")
+    if audit and policy is None:
+        raise UsageError(
+            "--audit commits only if gates pass: give --policy FILE",
+            "to measure without gates, repair first and then run realign audit",
+        )
     if not audit and (policy is not None or judges or audit_out is not None):
         raise UsageError("--policy, --judge and --audit-out belong to --audit", "add --audit")
     if audit and patch:
@@ -276,12 +286,33 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -
             "picture": str(out / PICTURE) if drawn else None,
             "manifest": dict(result.manifest),
             "audit": None if gate is None else str(gate.folder / "audit.json"),
+            "gates": None if gate is None else gate.gates(),
+            "exit": {"code": 0, "reason": "done" if gate is None else "done, within policy"},
         }
     )
     sink.show(rows_table(result.rows), "")
     if gate is not None and gate.report is not None:
         gate.show()
     sink.line(str(out))
+    _remark(sink, result, out=out, gate=gate)
+
+
+def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: _Gate | None) -> None:
+    """Say on standard error what the output alone does not: what it rests on, what is open."""
+    method = result.manifest["method"]
+    if method["name"] == "lssf" and method["settings"].get("safety_vector") == "base":
+        sink.warning(
+            "deviation: lssf is defined with aligned - unaligned, this run used aligned - base; "
+            "in the laboratory this setting did not repair poisoned fine-tunes (docs/results.md)"
+        )
+    if gate is None:
+        sink.note(NOT_MEASURED.format(out=out))
+    else:
+        for open_gate in gate.undecided():
+            sink.warning(
+                f"KEPT WITHOUT A VERDICT: the required gate {open_gate.id!r} is inconclusive "
+                f'({open_gate.message}); on_inconclusive = "warn" lets it through'
+            )
 
 
 def _picture(manifest: Mapping[str, Any]) -> dict[str, bytes]:
@@ -344,11 +375,32 @@ class _Gate:
         if self.report.exit_code != 0:
             self.show()
             failed = [g.id for g in self.report.gates if g.required and g.status != "pass"]
+            reason = f"the repair is not kept: {', '.join(failed) or 'a gate'} did not pass"
+            self._sink.document(
+                {
+                    "output": None,
+                    "picture": None,
+                    "manifest": None,
+                    "audit": str(self.folder / "audit.json"),
+                    "gates": self.gates(),
+                    "exit": {"code": GateFailedError.exit_code, "reason": reason},
+                }
+            )
             raise GateFailedError(
-                f"the repair is not kept: {', '.join(failed) or 'a gate'} did not pass",
+                reason,
                 f"see {self.folder / 'report.html'}; a smaller or larger --strength, other "
                 "settings or another method may pass",
             )
+
+    def gates(self) -> list[dict[str, Any]]:
+        """Return the gates as JSON."""
+        assert self.report is not None
+        return [gate.model_dump(mode="json", by_alias=True) for gate in self.report.gates]
+
+    def undecided(self) -> list[GateEntry]:
+        """Return the required gates that the data could not decide."""
+        assert self.report is not None
+        return [g for g in self.report.gates if g.required and g.status == "inconclusive"]
 
     def show(self) -> None:
         """Show the audit on the terminal."""
