@@ -165,17 +165,20 @@ def command(
         del run.__wrapped__  # typer would look through the wrapper and see the sink
         full = f"{group} {name}".strip()
         PAGES[full] = Page(name=full, examples=tuple(examples), notes=notes)
-        app.command(name, epilog=_epilog(examples), add_help_option=False)(run)
+        app.command(name, epilog=epilog(examples), add_help_option=False)(run)
         return run
 
     return register
 
 
-def _epilog(examples: Sequence[Example]) -> str:
+def epilog(examples: Sequence[Example], *, after: str = "") -> str:
+    """Return the examples as the end of a help text, and what follows them."""
     # A "\b" paragraph keeps its line breaks.
     lines = ["[bold]Examples[/bold]"]
     for example in examples:
         lines += [f"[dim]# {_escape(example.does)}[/dim]", _escape(example.line)]
+    if after:
+        lines += ["", after]
     return "\b\n" + "\n".join(lines)
 
 

@@ -12,12 +12,26 @@ from typing import Annotated
 import typer
 
 from realign._version import __version__
-from realign_cli.command import FLAG, HelpOption
+from realign_cli.command import FLAG, Example, HelpOption, epilog
 from realign_cli.commands import audit, demo, lab, methods, repair, subspace
 from realign_cli.errors import report
 from realign_cli.sink import Sink
 
 _INTERRUPTED_WHILE_PARSING = 130
+
+EXAMPLES = (
+    Example("realign demo", "start here: the whole story on a small family, in minutes"),
+    Example(
+        "realign repair ./my-model --aligned org/instruct --base org/base \\\n"
+        "    --method replace --set rank=8 -o ./repaired",
+        "put back what a fine-tune took",
+    ),
+    Example(
+        "realign audit ./my-model --reference org/instruct \\\n"
+        "    --repaired ./repaired --suite harmful=harmful.jsonl -o ./audit",
+        "measure what the repair did",
+    ),
+)
 
 app = typer.Typer(
     name="realign",
@@ -36,8 +50,11 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="Start with [bold]realign demo[/bold]. Exit codes: 0 done and within policy; "
-    "1 a gate failed or is inconclusive, or an edit that changed nothing; 2 could not complete."
+    epilog=epilog(
+        EXAMPLES,
+        after="Exit codes: 0 done and within policy; 1 a gate failed or is inconclusive,\n"
+        "or an edit that changed nothing; 2 could not complete.",
+    )
 )
 def root(
     *,

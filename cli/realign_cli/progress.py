@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bars
     from rich.progress import TaskID
 
-_LONG_ENOUGH_TO_MENTION_S = 1.0
+_LONG_ENOUGH_TO_MENTION_S = 5.0
 
 
 class RichProgress:

@@ -237,8 +237,8 @@ class OutputFolder:
         needed, free = self._needed() + _SLACK, shutil.disk_usage(self.partial).free
         if free < needed:
             raise OutputError(
-                f"{self.partial.parent} has {free} bytes free ({free / 1e9:.2f} GB), the output "
-                f"needs {needed} ({needed / 1e9:.2f} GB)",
+                f"{self.partial.parent} has {free} bytes free ({free / 1e6:,.1f} MB), the output "
+                f"needs {needed} ({needed / 1e6:,.1f} MB)",
                 "free some space, or choose a folder on another disk",
             )
 

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from realign_cli import progress as progress_module
 
+LIMIT = 40_000
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 Tensors = dict[str, Tensor]
 
@@ -350,7 +351,7 @@ def test_a_disk_that_is_too_small_shows_before_a_byte_is_written(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
-    refused(repair(tmp_path), "free", "GB")
+    refused(repair(tmp_path), "free", "needs")
 
 
 def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
@@ -374,6 +375,29 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "fault in realign" not in done.stderr
     assert not out.exists()
+
+
+def test_a_disk_that_fills_up_while_the_subspace_is_drawn(tmp_path: Path) -> None:
+    """The file of one direction fits below the limit, its picture does not: neither stays."""
+    out = tmp_path / "work" / "safety.safetensors"
+    command = [
+        *(sys.executable, "-c", "from realign_cli.main import main; main()"),
+        *("subspace", model("aligned"), "--base", model("base"), "--rank", "1"),
+        *("--device", "cpu", "--quiet", "-o", out),
+    ]
+    done = subprocess.run(
+        [str(part) for part in command],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT)),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert "safety.safetensors cannot be written" not in done.stderr
+    assert list((tmp_path / "work").iterdir()) == []
 
 
 def test_ctrl_c_leaves_no_output_and_the_same_command_goes_on(

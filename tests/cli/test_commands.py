@@ -317,6 +317,26 @@ def test_every_help_shows_its_options_and_examples(name: str) -> None:
         assert option in words
 
 
+@pytest.mark.parametrize("group", [[], ["lab"]])
+def test_the_help_of_groups_shows_examples(group: list[str]) -> None:
+    result = realign(*group, "--help")
+    assert result.exit_code == 0
+    assert "Examples" in result.stdout
+    assert f"realign {'lab build' if group else 'repair'} ./" in result.stdout
+
+
+@pytest.mark.parametrize("name", sorted(PAGES))
+def test_no_example_is_wrapped_at_80_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERMINAL_WIDTH", "80")
+    lines = realign(*name.split(), "--help").stdout.splitlines()
+    shown = [line.strip() for line in lines]
+    assert "\\" not in shown
+    for example in PAGES[name].examples:
+        for line in example.line.splitlines():
+            assert line.strip() in shown
+
+
 def test_the_pages_are_current() -> None:
     pages = render_all()
     assert {path.name for path in DOCS.glob("*.md")} == set(pages)

@@ -39,8 +39,9 @@ EXAMPLES = (
         "rates and intervals of the fine-tune and of the model it came from",
     ),
     Example(
-        "realign audit ./my-model --reference org/model-instruct --repaired ./repaired \\\n"
-        "    --suite harmful.jsonl --policy policy.toml -o ./audit",
+        "realign audit ./my-model --reference org/model-instruct \\\n"
+        "    --repaired ./repaired --suite harmful.jsonl \\\n"
+        "    --policy policy.toml -o ./audit",
         "verdicts against declared margins; exit code 1 if a gate does not pass",
     ),
     Example(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from realign.errors import OutputError
-from realign_cli.command import Example, HelpOption, command
+from realign_cli.command import Example, HelpOption, command, epilog
 from realign_cli.options import Device, Seed
 from realign_cli.sink import Sink
 
@@ -59,6 +59,7 @@ group = typer.Typer(
     help="Train small model families in which the phenomenon is real.",
     no_args_is_help=True,
     add_help_option=False,
+    epilog=epilog((*EXAMPLES, *CLAIMS_EXAMPLES)),
 )
 
 

@@ -98,7 +98,13 @@ def subspace(
     written = write_subspace(request, progress=sink.progress)
     rows = tuple(written.rows.values())
     if picture != "none":
-        _draw(rows, drawing, eta=eta)
+        try:
+            _draw(rows, drawing, eta=eta)
+        except BaseException:
+            # Both or none: the message will say that nothing was committed.
+            out.unlink(missing_ok=True)
+            drawing.unlink(missing_ok=True)
+            raise
     sink.document(
         {
             "file": str(out),
