@@ -32,7 +32,9 @@ from realign.audit.statistics.power import (
     n_needed,
     plan,
 )
+from realign.audit.store import is_audit_folder
 from realign.audit.suites import Suite, SuiteKind, require_auditable
+from realign.checkpoint.reference import parse_reference
 from realign.errors import OutputError, PolicyError, SuiteError, UsageError
 
 if TYPE_CHECKING:
@@ -295,14 +297,51 @@ def plan_audit(request: AuditRequest) -> AuditPlan:
     )
 
 
+def check_folder(request: AuditRequest) -> None:
+    """Refuse an output folder that is not this audit's to write into; touches nothing.
+
+    Raises:
+        OutputError: it is a file, lies inside a checkpoint under audit, or holds others' files.
+    """
+    out = request.out
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} exists and is no folder", "give another --out")
+    place = out.resolve()
+    for folder in _local_folders(request):
+        if place == folder or folder in place.parents:
+            raise OutputError(
+                f"{out} is or lies inside {folder}, which is an input of this audit",
+                "give an --out outside the checkpoints",
+            )
+    if not request.shared_out and out.is_dir() and not is_audit_folder(out):
+        first = min(path.name for path in out.iterdir())
+        raise OutputError(
+            f"{out} holds files that are no audit's (first: {first})",
+            "give a new or empty folder as --out, or the folder of an earlier audit",
+        )
+
+
+def _local_folders(request: AuditRequest) -> list[Path]:
+    """The folders of all input checkpoints that lie on this machine."""
+    found: list[Path] = []
+    for source in (*request.sources().values(), request.base):
+        if source is None:
+            continue
+        if not isinstance(source, str | Path):
+            found += [source.folder, *(file.parent for file in source.weight_files)]
+            continue
+        reference = parse_reference(source)
+        names = [reference.model, reference.adapter or reference.model]
+        found += [Path(name).expanduser() for name in names]
+    return [folder.resolve() for folder in dict.fromkeys(found) if folder.is_dir()]
+
+
 def prepare_folder(out: Path) -> None:
     """Make the output folder.
 
     Raises:
-        OutputError: it is a file, or cannot be made.
+        OutputError: it cannot be made.
     """
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} exists and is no folder", "give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

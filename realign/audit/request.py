@@ -54,6 +54,8 @@ class AuditRequest:
     records: Path | None = None
     """Keep answers here instead, for several audits of the same models to share; then they are not
     deleted at the end. They hold texts."""
+    shared_out: bool = False
+    """`out` may hold other things of the caller's; else a folder with others' files is refused."""
     weights: bool = True
     """Also measure weight-space drift."""
     kl: bool = True

@@ -27,6 +27,35 @@ FOLDER = "responses"
 LOCK = ".audit.lock"
 
 
+_REPORT = "audit.json"
+_SCHEMA = re.compile(r'"schema"\s*:\s*"realign/audit-report/')
+
+
+def is_audit_folder(out: Path) -> bool:
+    """Whether a folder is empty or was begun by an audit, so that another may go on in it.
+
+    An audit leaves its lock (only if it was killed), its records, or its report.
+    """
+    names = {path.name for path in out.iterdir()}
+    if not names or LOCK in names or _holds_records(out / FOLDER):
+        return True
+    try:
+        return _SCHEMA.search((out / _REPORT).read_text("utf-8")) is not None
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def _holds_records(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    start = canonical_json({"schema": RECORDS_SCHEMA})[1:-1].encode()
+    for file in folder.glob("*.jsonl"):
+        with file.open("rb") as stream:
+            if start in stream.readline():
+                return True
+    return not any(folder.iterdir())  # interrupted before its first record
+
+
 class RecordFile:
     """An append-only file of records, one per item id, that survives an interruption.
 
@@ -152,6 +181,17 @@ class RecordStore:
             # Unlinked while still held, so that nobody can hold a lock on a name that is gone.
             path.unlink(missing_ok=True)
             os.close(descriptor)
+
+    def has_answers(self) -> bool:
+        """Whether anything that a model said is stored."""
+        for file in self.folder.glob("*.jsonl"):
+            if ".facts." in file.name:
+                continue
+            with file.open("rb") as stream:
+                stream.readline()
+                if stream.readline():
+                    return True
+        return False
 
     def remove(self) -> None:
         """Delete every record, texts included."""

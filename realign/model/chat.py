@@ -52,7 +52,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
         raise ModelError(
             f"{_where(tokenizer)} has no chat template, so it cannot be asked anything",
             "copy chat_template.jinja (or the chat_template entry of tokenizer_config.json) from "
-            "the model it was tuned from, or use the reference's template (template_from)",
+            "the aligned model into the folder",
         )
     return template
 
@@ -184,7 +184,7 @@ def _render(
     except (TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         raise ModelError(
             f"the chat template of {_where(tokenizer)} fails on one user turn: {error}",
-            "repair the template, or use the reference's (template_from)",
+            "repair it, or copy chat_template.jinja from the aligned model into the folder",
         ) from error
     assert isinstance(text, str), type(text)
     return text

@@ -70,7 +70,7 @@ def test_missing_template_is_named_with_the_way_out() -> None:
     tokenizer = word_tokenizer(template=None)
     with pytest.raises(ModelError, match="no chat template") as caught:
         encode(tokenizer, "w1")
-    assert "template_from" in caught.value.hint
+    assert "copy chat_template.jinja" in caught.value.hint
     assert chat_template_sha256(tokenizer) is None
 
 
