@@ -245,7 +245,7 @@ def check_place(output: Path, inputs: Inputs, *, written: int) -> None:
     free = shutil.disk_usage(place).free
     if free < written:
         raise OutputError(
-            f"{place} has {free / 1e9:.1f} GB free, the output needs {written / 1e9:.1f} GB",
+            f"{place} has {free / 1e6:,.0f} MB free, the output needs {written / 1e6:,.0f} MB",
             "free some space, or choose a folder on another disk",
         )
 
