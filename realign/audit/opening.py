@@ -26,6 +26,8 @@ from realign.audit.schema import (
     ModelEntry,
 )
 from realign.audit.state import AuditState
+from realign.checkpoint.finite import check_finite
+from realign.checkpoint.matching import check_architecture
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.model.chat import chat_template
 from realign.model.loading import load_tokenizer
@@ -39,12 +41,17 @@ def open_all(
     request = state.prepared.request
     opened: list[OpenedRole] = []
     reference: Checkpoint | None = None
-    for role, source in request.sources().items():
-        checkpoint = _open(source, stack, request=request, progress=progress)
+    found = {
+        role: _open(source, stack, request=request, progress=progress)
+        for role, source in request.sources().items()
+    }
+    for role, checkpoint in found.items():
+        check_architecture(found["subject"], role, checkpoint)
         if role == "reference":
             reference = checkpoint
             check_opened(request, reference)
         chat_template(load_tokenizer(checkpoint))  # a missing template is an error here, not later
+        check_finite(checkpoint.weight_files, progress=progress)
         files = checkpoint.file_hashes(progress)
         opened.append(OpenedRole(role, checkpoint, digest_of(files), files))
         state.models[role] = _model_entry(checkpoint, files)
@@ -53,6 +60,7 @@ def open_all(
     base = None
     if request.base is not None:
         base = _open(request.base, stack, request=request, progress=progress)
+        check_architecture(found["subject"], "base", base)
         state.models["base"] = _model_entry(base, base.file_hashes(progress))
     return opened, base
 

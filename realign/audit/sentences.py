@@ -17,7 +17,7 @@ from realign.audit.schema import (
     Role,
     SuiteEntry,
 )
-from realign.audit.statistics.verdicts import WORDS
+from realign.audit.statistics.verdicts import REASON_WORDS, WORDS
 
 NO_VERDICTS = "no verdicts: no policy"
 NO_REQUIRED_GATE = "The policy has no required gate: nothing in it can fail this audit."
@@ -164,7 +164,8 @@ def _verdict(row: ComparisonEntry) -> str:
     words = WORDS[row.verdict]
     if row.verdict == "within_margin" and row.margin is not None:
         return f": {words} of {100 * row.margin:g} pp"
-    return f": {words}"
+    why = REASON_WORDS.get(row.reason or "", "")
+    return f": {words} ({why})" if why else f": {words}"
 
 
 def _rate_words(row: RateEntry) -> str:

@@ -104,7 +104,7 @@ def match(finetuned: Checkpoint, others: Mapping[str, Checkpoint], *, scope: Sco
     notes = [*finetuned.remarks]
     for label, other in others.items():
         notes += other.remarks
-        _check_architecture(finetuned, label, other)
+        check_architecture(finetuned, label, other)
         _check_names(finetuned, label, other)
         notes += _dtype_notes(finetuned, label, other)
     roles = classify(finetuned)
@@ -204,7 +204,17 @@ def _shared_rows(
     )
 
 
-def _check_architecture(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
+def check_architecture(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
+    """Refuse checkpoints whose configs name different architectures or sizes.
+
+    Args:
+        finetuned: the model that decides.
+        label: what `other` is called in the message: "aligned", "reference", ...
+        other: the model compared with it.
+
+    Raises:
+        MismatchError: the message names both models, the key and both values.
+    """
     ours, theirs = text_config(finetuned.config), text_config(other.config)
     for key in _ARCHITECTURE_KEYS:
         mine, yours = ours.get(key), theirs.get(key)

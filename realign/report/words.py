@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from realign.audit.statistics.verdicts import REASON_WORDS
+
 MISSING = "-"
 
 VERDICTS: Mapping[str | None, str] = {
@@ -33,13 +35,7 @@ COMPARISONS: Mapping[str, str] = {
     "tax": "repaired - fine-tuned",
 }
 
-REASONS: Mapping[str, str] = {
-    "underpowered": "too few items for this margin",
-    "invalid_sensitive": "depends on how invalid answers count",
-    "judge_disagreement": "the judges disagree",
-    "few_clusters": "too few independent groups of items",
-    "small_n": "fewer than 50 valid items",
-}
+REASONS: Mapping[str, str] = REASON_WORDS
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,17 @@ WORDS: Mapping[VerdictName, str] = MappingProxyType(
     }
 )
 
+REASON_WORDS: Mapping[str, str] = MappingProxyType(
+    {
+        "underpowered": "too few items for this margin",
+        "invalid_sensitive": "depends on how invalid answers count",
+        "judge_disagreement": "the judges disagree",
+        "few_clusters": "too few independent groups of items",
+        "too_few_items": "fewer than 50 valid items",
+    }
+)
+"""Why a verdict is inconclusive, in words for people."""
+
 MIN_ITEMS = 50
 MIN_CLUSTERS = 10
 MIN_PLANNED_CHURN = 0.02
