@@ -24,6 +24,7 @@ from realign.audit.request import AuditRequest
 from realign.audit.schema import (
     FileEntry,
     ModelEntry,
+    Role,
 )
 from realign.audit.state import AuditState
 from realign.checkpoint.finite import check_finite
@@ -41,7 +42,7 @@ def open_all(
     request = state.prepared.request
     opened: list[OpenedRole] = []
     reference: Checkpoint | None = None
-    found = {
+    found: dict[Role, Checkpoint] = {
         role: _open(source, stack, request=request, progress=progress)
         for role, source in request.sources().items()
     }
