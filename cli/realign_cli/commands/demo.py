@@ -90,13 +90,13 @@ REPAIRS = (
         method="replace",
         about="no data: inside the leading directions of aligned - base, the aligned weights are "
         "put back",
-        settings={"rank": 6},
+        settings={"rank": 8},
     ),
 )
 """The first is the main one: its audit is `audit.json` and its page `report.html`.
 
-Settings were chosen on another fine-tuning seed of the same family (`docs/results.md`), never on
-the model that the demo repairs.
+Both stand at the settings that `docs/results.md` fixed on another fine-tuning seed. That the demo
+shows `lssf` so, and not at its defaults, was decided after they had failed on this model.
 """
 
 
@@ -104,7 +104,7 @@ NEXT = (
     "  realign repair ./my-model --aligned ORG/INSTRUCT --base ORG/BASE \\",
     "      --method replace --set rank=8 -o ./repaired",
     "  realign repair ./my-model --aligned ORG/INSTRUCT --unaligned ORG/UNALIGNED \\",
-    "      -o ./repaired-lssf",
+    "      --set eta=0.9 --set alpha=1.5 -o ./repaired-lssf",
     "  realign audit ./my-model --reference ORG/INSTRUCT --repaired ./repaired \\",
     "      --suite harmful=harmful.jsonl --suite safe=safe.jsonl -o ./audit",
     "  realign methods",
@@ -338,7 +338,7 @@ def _tell(
         "fine-tune on two harmless tasks with 5 % poison obeys them all. The repairs put the "
         "refusals back in weight space, without training, as far as each method can:",
         *(Padding(Text(f"{each.heading}: {each.about}"), (0, 0, 0, 2)) for each in REPAIRS),
-        "The settings were chosen on another fine-tune of the family, never on this one.",
+        "Settings as fixed on another fine-tune; lssf at its defaults fails (docs/results.md).",
         "",
         rates_table(
             columns,
