@@ -15,8 +15,9 @@ from torch import Tensor
 
 from realign.audit.schema import Role, WeightGroup, WeightRow, Weights
 from realign.checkpoint.headers import FLOATS
-from realign.checkpoint.names import Slot, TensorRole, classify, slots_of
+from realign.checkpoint.names import TensorRole, classify
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import Slot, logical_matrix, slots_of, stored_rows
 from realign.errors import NonFiniteError
 from realign.progress import SILENT, Progress
 from realign.subspace.drift import (
@@ -150,7 +151,7 @@ def _drift_of(each: TensorRole, trio: _Trio, *, spectra: bool) -> Iterator[Matri
     fits = trio.base is not None and not _lacking(each, trio, trio.base)
     if each.kind in _VOCABULARY:
         common = min(shape[0], trio.subject.tensors[name].shape[0])
-        slots = (Slot(name, name, _VOCABULARY[each.kind], None, (0, common), transposed=False),)
+        slots = (Slot(name, name, _VOCABULARY[each.kind], None, rows=(0, common)),)
     else:
         slots = slots_of(trio.subject, name)
     for slot in slots:
@@ -196,13 +197,8 @@ def _require_finite(rows: Sequence[MatrixDrift], role: Role, trio: _Trio) -> Non
 
 def _read(checkpoint: Checkpoint, slot: Slot) -> Tensor:
     """One logical matrix [d_out, d_in] in its dtype on disk."""
-    if len(checkpoint.tensors[slot.tensor].shape) == 3:  # one expert of a stack
-        stored = checkpoint.read(slot.tensor, slot.rows)[0]
-        return stored.T if slot.transposed else stored
-    if slot.transposed:
-        whole = checkpoint.read(slot.tensor).T
-        return whole if slot.rows is None else whole[slot.rows[0] : slot.rows[1]]
-    return checkpoint.read(slot.tensor, slot.rows)
+    rows = stored_rows(slot, checkpoint.tensors[slot.tensor].shape)
+    return logical_matrix(checkpoint.read(slot.tensor, rows), slot)
 
 
 def _row(key: str, metrics: DriftMetrics) -> WeightRow:

@@ -16,18 +16,16 @@ import torch
 from realign.checkpoint.headers import FLOATS, TensorInfo
 from realign.checkpoint.names import (
     Kind,
-    Slot,
     TensorRole,
     classify,
     find_embedding,
     find_head,
-    fusion_remark,
     is_tied,
     role_of,
-    slots_of,
     text_config,
 )
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import Slot, fusion_remark, slots_of
 from realign.errors import MismatchError, UsageError
 
 __all__ = [

@@ -26,8 +26,8 @@ from torch import Tensor
 from realign.audit.judges import keyword_judge
 from realign.audit.suites import Suite, load_suite
 from realign.checkpoint.matching import match
-from realign.checkpoint.names import Slot
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.checkpoint.slots import Slot, logical_matrix, slot_shape
 from realign.errors import NotFoundError, SuiteError, UsageError
 from realign.lab.claim_figures import GENERAL, Claims, MatrixClaims, compare, summarise
 from realign.lab.record import read_record
@@ -43,12 +43,11 @@ from realign.model.moments import (
     token_sequence,
 )
 from realign.progress import SILENT, Progress
-from realign.repair.estimate import slot_shape
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.ranks import choose_rank
 from realign.repair.methods.scatter import OutputSpectrum, output_spectrum
 from realign.repair.plan import MIN_ANCHORS
-from realign.repair.stream import logical_matrix, read_slot
+from realign.repair.stream import read_slot
 from realign.repair.workbench import MAX_REPLY_TOKENS
 from realign.subspace.projector import isolation
 from realign.subspace.vectors import difference

@@ -10,8 +10,9 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from realign.checkpoint.matching import Matching, Slot, TensorPair
+from realign.checkpoint.matching import Matching, TensorPair
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import slot_shape
 from realign.repair.method import Method
 from realign.repair.request import Inputs
 
@@ -101,15 +102,6 @@ def _matrix_bytes(
         peak = entries * (itemsize * (2 * inputs + 1) + 12) + smaller * smaller * 8 * 6
         best = max(best, (entries, peak), key=lambda each: each[1])
     return best
-
-
-def slot_shape(shape: tuple[int, ...], slot: Slot) -> tuple[int, int]:
-    """[d_out, d_in] of a logical matrix inside a stored tensor."""
-    *stack, first, second = shape
-    d_out, d_in = (second, first) if slot.transposed else (first, second)
-    if slot.rows is not None and not stack:
-        d_out = slot.rows[1] - slot.rows[0]
-    return d_out, d_in
 
 
 def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:

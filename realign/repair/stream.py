@@ -15,8 +15,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from realign.checkpoint.matching import Slot, TensorPair
+from realign.checkpoint.matching import TensorPair
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import Slot, logical_matrix, stored_rows
 from realign.errors import CheckpointError, ModelError
 from realign.repair.apply import (
     CHUNK_ELEMENTS,
@@ -90,7 +91,7 @@ def read_pieces(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Piece]
                 yield Piece(pair, start, _read(pair, roles, rows), edit=True, last=end == common)
             at = common
         else:
-            for rows, slots in _blocks(pair, dimensions=len(info.shape), common=common):
+            for rows, slots in _blocks(pair, shape=info.shape, common=common):
                 assert rows[0] >= at, f"{slots[0].key} overlaps another block of its tensor"
                 yield from _copies(pair, inputs.finetuned, at, rows[0], per_chunk)
                 yield Piece(pair, rows[0], _read(pair, roles, rows), edit=True, slots=slots)
@@ -288,29 +289,13 @@ def read_rows(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tenso
 def read_slot(checkpoint: Checkpoint, slot: Slot) -> Tensor:
     """The stored rows in which a logical matrix lies."""
     shape = checkpoint.tensors[slot.tensor].shape
-    return read_rows(checkpoint, slot.tensor, _stored_rows(slot, len(shape), shape[0]))
-
-
-def logical_matrix(stored: Tensor, slot: Slot) -> Tensor:
-    """The matrix [d_out, d_in] as a view of the stored rows in which it lies."""
-    if stored.dim() == 3:  # one expert of a stack
-        (stored,) = stored
-        return stored.T if slot.transposed else stored
-    if not slot.transposed:
-        return stored
-    return stored.T if slot.rows is None else stored.T[slice(*slot.rows)]
+    return read_rows(checkpoint, slot.tensor, stored_rows(slot, shape))
 
 
 def _blocks(
-    pair: TensorPair, *, dimensions: int, common: int
+    pair: TensorPair, *, shape: tuple[int, ...], common: int
 ) -> Iterator[tuple[tuple[int, int], tuple[Slot, ...]]]:
     """Ranges of stored rows, each with the matrices that lie in it."""
-    grouped = groupby(pair.slots, key=lambda slot: _stored_rows(slot, dimensions, common))
+    grouped = groupby(pair.slots, key=lambda slot: stored_rows(slot, (common, *shape[1:])))
     for rows, slots in grouped:
         yield rows, tuple(slots)
-
-
-def _stored_rows(slot: Slot, dimensions: int, total: int) -> tuple[int, int]:
-    """Blocks of a transposed matrix are columns of what is stored: they need all of its rows."""
-    whole = slot.rows is None or (slot.transposed and dimensions == 2)
-    return (0, total) if whole or slot.rows is None else slot.rows

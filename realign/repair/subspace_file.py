@@ -25,14 +25,15 @@ from torch import Tensor
 
 from realign._version import __version__
 from realign.checkpoint.manifest import content_digest
-from realign.checkpoint.matching import Slot, match, same_weights
+from realign.checkpoint.matching import match, same_weights
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.checkpoint.slots import Slot, logical_matrix
 from realign.errors import CheckpointError, NothingToDoError, OutputError, UsageError
 from realign.progress import SILENT, Progress
 from realign.repair.devices import resolve_device
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.prefetch import Prefetch
-from realign.repair.stream import logical_matrix, read_slot
+from realign.repair.stream import read_slot
 from realign.repair.verify import check_input
 from realign.subspace.entropy import entropy_rank
 from realign.subspace.projector import fix_signs

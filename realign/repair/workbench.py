@@ -21,6 +21,7 @@ from realign.audit.canonical import sha256_json
 from realign.audit.judges import keyword_judge
 from realign.audit.suites import Suite
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import slot_shape
 from realign.errors import CheckpointError, ModelError, OutputError, SuiteError
 from realign.model.chat import encode
 from realign.model.generation import generate
@@ -34,7 +35,6 @@ from realign.model.moments import (
 )
 from realign.model.moments_file import StoredMoments, save_moments
 from realign.progress import SILENT, Progress
-from realign.repair.estimate import slot_shape
 from realign.repair.method import Statistics
 from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors
 from realign.repair.record import versions

@@ -9,8 +9,9 @@ import pytest
 import torch
 from support.checkpoint_support import LLAMA, write_model
 
-from realign.checkpoint.names import Slot, TensorRole, classify, fusion_remark, role_of, slots_of
+from realign.checkpoint.names import TensorRole, classify, role_of
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.checkpoint.slots import Slot, fusion_remark, slots_of
 
 Saved = Callable[[str], Path]
 
@@ -63,11 +64,11 @@ def test_gpt2_is_stored_transposed(saved_model: Saved) -> None:
         assert roles["transformer.ln_f.weight"] == ("norm", "ln_f")
         assert roles["transformer.h.0.ln_1.bias"][0] == "bias"
         name = "transformer.h.0.mlp.c_fc.weight"
-        assert slots_of(checkpoint, name) == (Slot(name, name, "c_fc", 0, None, True),)
+        assert slots_of(checkpoint, name) == (Slot(name, name, "c_fc", 0, transposed=True),)
         name = "transformer.h.0.attn.c_attn.weight"
         assert checkpoint.tensors[name].shape == (16, 48)
         assert slots_of(checkpoint, name) == tuple(
-            Slot(f"{name}[{part}]", name, part, 0, rows, True)
+            Slot(f"{name}[{part}]", name, part, 0, rows=rows, transposed=True)
             for part, rows in (("q_proj", (0, 16)), ("k_proj", (16, 32)), ("v_proj", (32, 48)))
         )
 
@@ -76,7 +77,7 @@ def test_phi3_is_split_as_its_own_code_splits_it(saved_model: Saved) -> None:
     with open_checkpoint(saved_model("phi3")) as checkpoint:
         name = "model.layers.1.self_attn.qkv_proj.weight"
         assert slots_of(checkpoint, name) == tuple(
-            Slot(f"{name}[{part}]", name, part, 1, rows, False)
+            Slot(f"{name}[{part}]", name, part, 1, rows=rows)
             for part, rows in (("q_proj", (0, 16)), ("k_proj", (16, 24)), ("v_proj", (24, 32)))
         )
         name = "model.layers.0.mlp.gate_up_proj.weight"
@@ -103,29 +104,6 @@ def test_mixtral_routers_are_no_linear_layers(saved_model: Saved) -> None:
         assert len(routers) == 1 and "gate.weight" in routers[0]
         experts = [name for name in kinds if ".experts." in name]
         assert experts and all(kinds[name] == "block_linear" for name in experts)
-
-
-@pytest.mark.parametrize(
-    ("model_type", "module", "shape", "transposed"),
-    [
-        ("qwen3_moe", "gate_up_proj", (3, 24, 8), False),
-        ("qwen3_moe", "down_proj", (3, 8, 12), False),
-        ("gpt_oss", "gate_up_proj", (3, 8, 24), True),
-        ("gpt_oss", "down_proj", (3, 12, 8), True),
-        ("gpt_oss", "down_proj", (3, 8, 8), True),
-        ("qwen3_moe", "down_proj", (3, 8, 8), False),
-    ],
-)
-def test_a_stack_of_experts_is_one_matrix_each(
-    tmp_path: Path, model_type: str, module: str, shape: tuple[int, ...], transposed: bool
-) -> None:
-    name = f"model.layers.0.mlp.experts.{module}"
-    write_model(tmp_path, {name: torch.ones(shape)}, config={**LLAMA, "model_type": model_type})
-    with open_checkpoint(tmp_path) as checkpoint:
-        assert classify(checkpoint)[name] == TensorRole(name, "block_linear", module, 0)
-        assert slots_of(checkpoint, name) == tuple(
-            Slot(f"{name}[e{e}]", name, module, 0, (e, e + 1), transposed) for e in range(3)
-        )
 
 
 @pytest.mark.parametrize(
@@ -177,21 +155,3 @@ def test_kinds_by_name(
     write_model(tmp_path, {name: torch.ones(shape, dtype=dtype)})
     with open_checkpoint(tmp_path) as checkpoint:
         assert classify(checkpoint)[name].kind == kind
-
-
-def test_splitting_covers_every_row_once(saved_model: Saved) -> None:
-    for family in ("phi3", "gpt2", "gpt_neox", "llama", "mixtral"):
-        with open_checkpoint(saved_model(family)) as checkpoint:
-            keys: list[str] = []
-            for name, role in classify(checkpoint).items():
-                slots = slots_of(checkpoint, name)
-                keys += [slot.key for slot in slots]
-                if role.kind != "block_linear" or slots[0].rows is None:
-                    continue
-                shape = checkpoint.tensors[name].shape
-                at = 0
-                for slot in slots:
-                    assert slot.rows is not None and slot.rows[0] == at
-                    at = slot.rows[1]
-                assert at == shape[1 if slots[0].transposed and len(shape) == 2 else 0]
-            assert len(keys) == len(set(keys))

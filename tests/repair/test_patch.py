@@ -23,7 +23,7 @@ from realign.repair.patch import factor
 from realign.repair.plan import plan
 from realign.repair.request import RepairRequest
 
-SLOT = Slot("w.weight", "w.weight", "w", 0, None, False)
+SLOT = Slot("w.weight", "w.weight", "w", 0)
 
 
 def _repair(trio: Trio, output: Path, **options: Any) -> RepairResult:
