@@ -1,7 +1,7 @@
 """`realign.json`, file hashes and the digest of a folder: what makes an output checkable.
 
-Here: hashing files, reading and writing the manifest of an output folder, and checking a folder
-against its manifest. Not here: what a repair records in it (the repair room decides).
+Here: hashing files, reading and spelling the manifest of an output folder. Not here: checking a
+folder against it (`verification`), what a repair records in it (the repair room decides).
 """
 
 from __future__ import annotations
@@ -10,18 +10,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
-
-from realign.checkpoint.headers import FLOATS, Header, read_header
-from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.sidecars import MANIFEST_NAME
-from realign.errors import CheckpointError, HeaderError
-from realign.progress import SILENT, Progress
+from realign.errors import CheckpointError
 
 if TYPE_CHECKING:
     from realign.checkpoint.shards import ShardLayout
@@ -29,14 +23,12 @@ if TYPE_CHECKING:
 __all__ = [
     "MANIFEST_NAME",
     "MANIFEST_SCHEMA",
-    "VerifyReport",
     "content_digest",
     "dump_json",
     "read_manifest",
     "redact_command",
     "sha256_file",
     "tensor_list",
-    "verify_output",
 ]
 
 MANIFEST_SCHEMA = "realign/repair-manifest/1"
@@ -51,7 +43,6 @@ _USER = re.compile(r"((?<![a-z0-9+.-])(?!hf:)[a-z][a-z0-9+.-]*://)[^/?#\s]*@", r
 _HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 
 _CHUNK = 8 * 2**20
-_LOADED = (".safetensors", ".bin", ".pt", ".py", ".index.json", "adapter_config.json")
 _LEFT_OUT_FOLDERS = {".git", ".cache", ".eval_results", "realign-audit"}
 _LEFT_OUT_FILES = {"README.md", ".gitattributes"}
 
@@ -136,92 +127,6 @@ def read_manifest(folder: Path) -> Mapping[str, Any] | None:
     return cast(dict[str, Any], value)
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """What checking a folder against its manifest found."""
-
-    checked: int
-    """Files compared."""
-    problems: tuple[str, ...]
-    """One sentence each; empty when the folder is what the manifest says."""
-
-
 def tensor_list(layout: Iterable[ShardLayout]) -> dict[str, list[Any]]:
     """What a manifest says of the tensors of an output: name to [dtype, shape]."""
     return {spec.name: [spec.dtype, list(spec.shape)] for shard in layout for spec in shard.tensors}
-
-
-def verify_output(folder: Path, progress: Progress = SILENT) -> VerifyReport:
-    """Check an output against its manifest: files, hashes, tensors, finite values.
-
-    Raises:
-        CheckpointError: there is no manifest, or it lists no files.
-    """
-    manifest = read_manifest(folder)
-    if manifest is None:
-        raise CheckpointError(
-            f"{folder} has no {MANIFEST_NAME}", "only outputs of realign can be verified"
-        )
-    output = _object(manifest.get("output"))
-    expected = _object(output.get("files"))
-    if not expected or not all(isinstance(digest, str) for digest in expected.values()):
-        raise CheckpointError(f"{folder / MANIFEST_NAME} lists no files", "repair again")
-    problems: list[str] = []
-    present = {p.relative_to(folder).as_posix(): p for p in folder.rglob("*") if p.is_file()}
-    total = sum(present[name].stat().st_size for name in expected if name in present)
-    with progress.task(f"verify {folder.name}", total=total, unit="B") as task:
-        for name, digest in sorted(expected.items()):
-            if name not in present:
-                problems.append(f"{name} is missing")
-            elif sha256_file(present[name], task.advance) != digest:
-                problems.append(f"{name} differs from what realign wrote")
-    problems += [
-        f"{name} was added since"
-        for name in sorted(set(present) - set(expected) - {MANIFEST_NAME})
-        if name.endswith(_LOADED)
-    ]
-    weights = [path for name, path in sorted(present.items()) if name.endswith(".safetensors")]
-    problems += _tensor_problems(weights, _object(output.get("tensors")), progress)
-    return VerifyReport(len(expected), tuple(problems))
-
-
-def _tensor_problems(
-    weights: Iterable[Path], expected: Mapping[str, Any], progress: Progress
-) -> Iterator[str]:
-    found: dict[str, list[Any]] = {}
-    for path in weights:
-        try:
-            header = read_header(path)
-        except HeaderError as error:
-            yield error.message
-            continue
-        for name, info in header.tensors.items():
-            found[name] = [info.dtype, list(info.shape)]
-        yield from _not_finite(header, progress)
-    if expected:
-        for name in sorted(set(expected) | set(found)):
-            if name not in found:
-                yield f"the tensor {name} is missing"
-            elif name not in expected:
-                yield f"the tensor {name} was added"
-            elif found[name] != expected[name]:
-                yield f"the tensor {name} is {found[name]} instead of {expected[name]}"
-
-
-def _not_finite(header: Header, progress: Progress) -> Iterator[str]:
-    files = TensorFiles()
-    size = sum(info.nbytes for info in header.tensors.values())
-    try:
-        with progress.task(f"check {header.file.name}", total=size, unit="B") as task:
-            for info in header.tensors.values():
-                if info.dtype in FLOATS and not all(
-                    bool(torch.isfinite(chunk).all()) for chunk in files.chunks(info)
-                ):
-                    yield f"the tensor {info.name} holds NaN or infinity"
-                task.advance(info.nbytes)
-    finally:
-        files.close()
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}

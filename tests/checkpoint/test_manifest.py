@@ -1,28 +1,18 @@
-"""Digests against fixed vectors, and verifying an output against its manifest."""
+"""Digests against fixed vectors, manifests that cannot be read, commands without secrets."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from support.checkpoint_support import Notes, llama_tensors, write_model
 
 from realign.checkpoint.manifest import (
     MANIFEST_NAME,
-    MANIFEST_SCHEMA,
     content_digest,
     read_manifest,
     redact_command,
     sha256_file,
-    tensor_list,
-    verify_output,
 )
-from realign.checkpoint.reader import open_checkpoint
-from realign.checkpoint.writer import OutputFolder, plan_layout
 from realign.errors import CheckpointError
 
 
@@ -49,93 +39,8 @@ def test_a_file_is_hashed_in_chunks(tmp_path: Path) -> None:
     assert sum(seen) == 3
 
 
-@pytest.fixture
-def output(tmp_path: Path) -> Path:
-    tensors = llama_tensors()
-    names = list(tensors)
-    folder = write_model(tmp_path / "in", tensors, shards=[names[:6], names[6:]])
-    (folder / "tokenizer.json").write_text("{}")
-    with open_checkpoint(folder) as model:
-        layout = plan_layout(model)
-        with OutputFolder(tmp_path / "out", fingerprint="f", layout=layout) as target:
-            for shard in layout:
-                with target.shard(shard) as writer:
-                    for spec in shard.tensors:
-                        writer.write(spec.name, model.read(spec.name))
-            target.copy_sidecars(model)
-            target.write_index(layout)
-            manifest = {
-                "schema": MANIFEST_SCHEMA,
-                "output": {"files": target.hashes, "tensors": tensor_list(layout)},
-            }
-            target.write_json(MANIFEST_NAME, manifest)
-            return target.commit()
-
-
-def test_an_untouched_output_verifies(output: Path) -> None:
-    progress = Notes()
-    report = verify_output(output, progress)
-    assert report.problems == () and report.checked == 5
-    assert progress.done > sum(p.stat().st_size for p in output.glob("*.safetensors"))
-
-
-def remanifest(output: Path) -> None:
-    """Bring the manifest's hashes up to date, as somebody with bad intentions would."""
-    manifest = json.loads((output / MANIFEST_NAME).read_text())
-    files = manifest["output"]["files"]
-    manifest["output"]["files"] = {name: sha256_file(output / name) for name in files}
-    (output / MANIFEST_NAME).write_text(json.dumps(manifest))
-
-
-def change_tensors(output: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
-    shard = output / "model-00001-of-00002.safetensors"
-    tensors = load_file(shard)
-    change(tensors)
-    save_file(tensors, shard)
-
-
-FIRST = "model.embed_tokens.weight"
-
-
-@pytest.mark.parametrize(
-    ("change", "problem"),
-    [
-        (lambda t: t[FIRST].__setitem__((2, 3), float("nan")), f"{FIRST} holds NaN"),
-        (lambda t: t[FIRST].__setitem__((9, 7), float("-inf")), f"{FIRST} holds NaN or infinity"),
-        (lambda t: t.pop(FIRST), f"tensor {FIRST} is missing"),
-        (lambda t: t.update(ghost=torch.ones(2)), "tensor ghost was added"),
-        (lambda t: t.update({FIRST: torch.ones(3)}), f"{FIRST} is ['F32', [3]] instead of"),
-    ],
-)
-def test_tensors_are_checked_beyond_their_hash(
-    output: Path, change: Callable[[dict[str, torch.Tensor]], None], problem: str
-) -> None:
-    change_tensors(output, change)
-    (problem_of_hash, *_) = verify_output(output).problems
-    assert "model-00001-of-00002.safetensors differs" in problem_of_hash
-    remanifest(output)
-    (found,) = verify_output(output).problems
-    assert problem in found
-
-
-def test_files_are_checked(output: Path) -> None:
-    (output / "tokenizer.json").write_text("{ }")
-    (output / "config.json").unlink()
-    (output / "modeling.py").write_text("")
-    (output / "audit.json").write_text("a report may be added")
-    assert set(verify_output(output).problems) == {
-        "tokenizer.json differs from what realign wrote",
-        "config.json is missing",
-        "modeling.py was added since",
-    }
-    (output / "model-00002-of-00002.safetensors").write_bytes(b"123")
-    assert any("fewer than the 8-byte" in problem for problem in verify_output(output).problems)
-
-
 def test_a_folder_without_manifest(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
-    with pytest.raises(CheckpointError, match=r"has no realign\.json"):
-        verify_output(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": "realign/repair-manifest/9"}'])
@@ -143,14 +48,6 @@ def test_a_manifest_that_cannot_be_read(tmp_path: Path, text: str) -> None:
     (tmp_path / MANIFEST_NAME).write_text(text)
     with pytest.raises(CheckpointError, match=r"realign\.json"):
         read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize("output", [None, {}, {"files": {}}, {"files": {"a": 1}}])
-def test_a_manifest_that_lists_nothing(tmp_path: Path, output: object) -> None:
-    text = json.dumps({"schema": MANIFEST_SCHEMA, "output": output})
-    (tmp_path / MANIFEST_NAME).write_text(text)
-    with pytest.raises(CheckpointError, match="lists no files"):
-        verify_output(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import pytest
 from support.cli_support import FAMILY, digest, family_options, model, realign, suite
 
 from realign.audit.schema import read_report
-from realign.checkpoint.manifest import sha256_file, verify_output
+from realign.checkpoint.manifest import sha256_file
+from realign.checkpoint.verification import verify_output
 from realign.report import files
 from realign_cli.command import PAGES
 from realign_cli.pages import render_all

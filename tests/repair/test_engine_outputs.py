@@ -16,7 +16,8 @@ from support.repair_support import (
     read_folder,
 )
 
-from realign.checkpoint.manifest import read_manifest, sha256_file, verify_output
+from realign.checkpoint.manifest import read_manifest, sha256_file
+from realign.checkpoint.verification import verify_output
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
 

@@ -1,0 +1,324 @@
+"""Is a folder still what realign wrote? Its files, tensors and index against its manifest.
+
+Here: the checks, each byte read once for its hash and for finite values alike. Not here: reading
+and writing the manifest (`manifest`), whether the repair itself was right (the repair room).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, cast
+
+import torch
+from torch import Tensor
+
+from realign.checkpoint.headers import FLOATS, Header, TensorInfo, read_header
+from realign.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256_file
+from realign.checkpoint.names import role_of
+from realign.checkpoint.sidecars import TEMPLATE_FOLDER
+from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE
+from realign.checkpoint.writer import JOURNAL_NAME
+from realign.errors import CheckpointError, HeaderError, NotFoundError
+from realign.progress import SILENT, Progress, Task
+
+VERIFY_SCHEMA = "realign/verify/1"
+
+_CHUNK = 4 * 2**20
+_COPY_AGAIN = "copy the file from where it was intact, or repair again"
+_NOT_FINITE = "do not use this output: repair again, and report it if it comes back"
+# What some loader picks up by its name alone, in a folder that lists no such file.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+_SETTINGS = re.compile(
+    r"(.*_)?config\.json|.*\.index\.json|tokenizer\.(json|model)|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
+    r"|chat_template\.(json|jinja)|.*\.py"
+)
+_QUIET_FOLDERS = frozenset((".git", ".cache", ".eval_results", "realign-audit"))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing that is not as the manifest says."""
+
+    where: str
+    """A file's relative name, or a tensor's name."""
+    what: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.where} {self.what}"
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What checking a folder against its manifest found."""
+
+    folder: Path
+    kind: Literal["checkpoint", "patch"]
+    checked: int
+    """Files compared."""
+    tensors: int
+    """Tensors found in them."""
+    nbytes: int
+    """Bytes read."""
+    problems: tuple[Problem, ...]
+    """Empty when the folder is what the manifest says."""
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was found."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as JSON, schema realign/verify/1."""
+        return {
+            "schema": VERIFY_SCHEMA,
+            "folder": str(self.folder),
+            "kind": self.kind,
+            "intact": self.intact,
+            "files": self.checked,
+            "tensors": self.tensors,
+            "bytes": self.nbytes,
+            "problems": [asdict(problem) for problem in self.problems],
+        }
+
+
+def verify_output(folder: Path, progress: Progress = SILENT) -> VerifyReport:
+    """Check an output of a repair, or a LoRA patch, against its manifest.
+
+    Checked are the hash of every file, the list of tensors with type and shape, that every
+    floating-point number is finite (buffers may hold infinity), that the index leads to the tensors
+    where they are, and that nothing was added which a loader would take up. The manifest itself is
+    trusted: who can rewrite it can rewrite the hashes.
+
+    Args:
+        folder: what a repair wrote.
+        progress: shows bytes read.
+
+    Raises:
+        NotFoundError: there is no such folder.
+        CheckpointError: there is no manifest, or it cannot be read or lists no files.
+    """
+    manifest = _require_manifest(folder)
+    output = _object(manifest.get("output"))
+    expected = _object(output.get("files"))
+    if not expected or not all(isinstance(digest, str) for digest in expected.values()):
+        raise CheckpointError(f"{folder / MANIFEST_NAME} lists no files", "repair again")
+    present = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
+    headers: dict[str, Header] = {}
+    problems: list[Problem] = []
+    nbytes = sum(present[name].stat().st_size for name in expected if name in present)
+    with progress.task(f"verify {folder.name}", total=nbytes, unit="B") as task:
+        for name, digest in sorted(expected.items()):
+            if name not in present:
+                problems.append(Problem(name, "is missing", _COPY_AGAIN))
+            else:
+                problems += _check_file(name, present[name], digest, headers, task)
+    problems += [
+        Problem(name, "was added since", "remove it: a loader may take it up")
+        for name in sorted(set(present) - set(expected) - {MANIFEST_NAME})
+        if would_be_loaded(name)
+    ]
+    found = {
+        name: info
+        for _, header in sorted(headers.items())
+        for name, info in sorted(header.tensors.items())
+    }
+    problems += _tensor_problems(found, _object(output.get("tensors")))
+    problems += _index_problems(present, headers)
+    return VerifyReport(
+        folder=folder,
+        kind="patch" if manifest.get("kind") == "patch" else "checkpoint",
+        checked=len(expected),
+        tensors=len(found),
+        nbytes=nbytes,
+        problems=tuple(problems),
+    )
+
+
+def would_be_loaded(name: str) -> bool:
+    """Whether some loader takes up a file of this relative name without being told to."""
+    *folders, last = name.split("/")
+    if folders and folders[0] in _QUIET_FOLDERS:
+        return False
+    if folders and folders[0] == TEMPLATE_FOLDER:
+        return True
+    return Path(last).suffix.lower() in _WEIGHTS or _SETTINGS.fullmatch(last) is not None
+
+
+def _require_manifest(folder: Path) -> Mapping[str, Any]:
+    """The manifest, or an error that says what the folder is instead."""
+    if not folder.is_dir():
+        partial = folder.absolute().parent / f".{folder.name}.realign-partial"
+        if partial.is_dir():
+            raise NotFoundError(
+                f"{folder} does not exist: a repair into it has not finished",
+                "run the same repair again, it goes on where it stopped",
+            )
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise NotFoundError(f"{folder} {what}", "give the folder that a repair wrote")
+    manifest = read_manifest(folder)
+    if manifest is not None:
+        return manifest
+    if (folder / JOURNAL_NAME).is_file() and folder.name.endswith(".realign-partial"):
+        raise CheckpointError(
+            f"{folder} is what an unfinished repair has left",
+            "run the same repair again, it goes on where it stopped; or remove the folder",
+        )
+    raise CheckpointError(
+        f"{folder} has no {MANIFEST_NAME}: only outputs of realign repair can be verified",
+        "the manifest is what the folder is compared with; to compare two checkpoints with each "
+        "other, use realign diff A B",
+    )
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _check_file(
+    name: str, path: Path, digest: str, headers: dict[str, Header], task: Task
+) -> Iterator[Problem]:
+    header: Header | None = None
+    if path.suffix == ".safetensors":
+        try:
+            header = read_header(path)
+        except HeaderError as error:
+            yield Problem(name, f"cannot be read: {error.message}", _COPY_AGAIN)
+    if header is None:
+        actual, damaged = sha256_file(path, task.advance), ()
+    else:
+        headers[name] = header
+        actual, damaged = _hash_and_check(header, task)
+    if actual != digest:
+        yield Problem(name, "differs from what realign wrote", _COPY_AGAIN)
+    for tensor in damaged:
+        yield Problem(tensor, f"in {name} holds NaN or infinity", _NOT_FINITE)
+
+
+def _hash_and_check(header: Header, task: Task) -> tuple[str, tuple[str, ...]]:
+    """SHA-256 of a weight file, and its tensors that hold NaN or infinity; one pass.
+
+    The hash of one chunk is computed in a thread while the next one is read and checked.
+    """
+    digest = hashlib.sha256()
+    damaged: dict[str, None] = {}
+    buffers = [torch.empty(_CHUNK, dtype=torch.uint8) for _ in range(2)]
+    busy: list[Future[None] | None] = [None, None]
+    turn = 0
+    with (
+        header.file.open("rb", buffering=0) as stream,
+        ThreadPoolExecutor(max_workers=1) as pool,
+    ):
+        for info, size in _parts(header):
+            earlier = busy[turn]
+            if earlier is not None:
+                earlier.result()
+            view = memoryview(cast(Any, buffers[turn][:size].numpy()))
+            _read_exactly(stream, view, header.file)
+            busy[turn] = pool.submit(digest.update, view)
+            if info is not None and not all_finite(buffers[turn][:size].view(info.torch_dtype)):
+                damaged[info.name] = None
+            task.advance(size)
+            turn = 1 - turn
+    return digest.hexdigest(), tuple(damaged)
+
+
+def _parts(header: Header) -> Iterator[tuple[TensorInfo | None, int]]:
+    """The file from front to back in chunks: whose numbers they are (None: not checked), bytes.
+
+    The tensors of a readable header cover the file after its JSON without gap or overlap.
+    """
+    tensors = sorted(header.tensors.values(), key=lambda info: info.offset)
+    size = header.file.stat().st_size
+    start = min((info.offset for info in tensors if info.nbytes), default=size)
+    spans: list[tuple[TensorInfo | None, int]] = [(None, start)]
+    for info in tensors:
+        checked = info.dtype in FLOATS and role_of(info).kind != "buffer"
+        spans.append((info if checked else None, info.nbytes))
+    for info, length in spans:
+        for at in range(0, length, _CHUNK):
+            yield info, min(_CHUNK, length - at)
+
+
+def _read_exactly(stream: BinaryIO, view: memoryview, path: Path) -> None:
+    while len(view):
+        count = cast(Any, stream).readinto(view)
+        if not count:
+            raise HeaderError(
+                f"{path} ended early: it changed while it was being read",
+                "make sure that nothing writes to the folder, then run again",
+            )
+        view = view[count:]
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether a floating-point tensor holds neither NaN nor infinity.
+
+    Minimum and maximum pass NaN on, and are found many times faster than a mask is made.
+    """
+    if not values.numel():
+        return True
+    low, high = torch.aminmax(values)
+    return isfinite(float(low)) and isfinite(float(high))
+
+
+def _tensor_problems(
+    found: Mapping[str, TensorInfo], expected: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Differences from the manifest's list; manifests of earlier versions have none."""
+    if not expected:
+        return
+    for name in sorted(set(expected) | set(found)):
+        here = found.get(name)
+        if here is None:
+            yield Problem(name, "is missing: the manifest lists this tensor", _COPY_AGAIN)
+        elif name not in expected:
+            yield Problem(
+                name, f"in {here.file.name} is a tensor the manifest does not list", _COPY_AGAIN
+            )
+        elif [here.dtype, list(here.shape)] != expected[name]:
+            yield Problem(
+                name,
+                f"in {here.file.name} is {_spelled([here.dtype, list(here.shape)])} instead of "
+                f"{_spelled(expected[name])}",
+                _COPY_AGAIN,
+            )
+
+
+def _spelled(entry: Any) -> str:
+    kind, shape = entry if isinstance(entry, list) and len(cast(Any, entry)) == 2 else (entry, "")
+    return f"{kind} {shape}".rstrip()
+
+
+def _index_problems(
+    present: Mapping[str, Path], headers: Mapping[str, Header]
+) -> Iterator[Problem]:
+    """The index must name exactly the tensors of the shards, each in the file that holds it."""
+    advice = "copy the index from where it was intact, or repair again"
+    if INDEX_FILE not in present or SINGLE_FILE in present:
+        return
+    try:
+        index = json.loads(present[INDEX_FILE].read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        yield Problem(INDEX_FILE, f"is not valid JSON: {error}", advice)
+        return
+    named = _object(_object(index).get("weight_map"))
+    stored = {tensor: file for file, header in headers.items() for tensor in header.tensors}
+    for tensor in sorted(set(named) | set(stored)):
+        if tensor not in stored:
+            yield Problem(INDEX_FILE, f"names the tensor {tensor}, which no file holds", advice)
+        elif named.get(tensor) != stored[tensor]:
+            leads = f"leads to {named[tensor]}" if tensor in named else "leads nowhere"
+            yield Problem(INDEX_FILE, f"{leads} for {tensor}, which is in {stored[tensor]}", advice)
+
+
+def _object(value: Any) -> Mapping[str, Any]:
+    return cast(Mapping[str, Any], value) if isinstance(value, Mapping) else {}
