@@ -1,4 +1,4 @@
-"""`realign verify`: exit codes, one line per problem, and what it says of folders it cannot judge."""
+"""`realign verify`: exit codes, one line per problem, and what it says of foreign folders."""
 
 from __future__ import annotations
 
