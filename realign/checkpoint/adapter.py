@@ -96,6 +96,22 @@ class AdapterCheckpoint(Checkpoint):
         with self._lock:
             return self._merged(name, change, start, stop)
 
+    def changes(self, name: str) -> Literal["none", "product", "other"]:
+        """How one tensor differs from the base's: by products of LoRA factors, or otherwise."""
+        change = self._changes.get(name)
+        if change is None:
+            return "none"
+        plain = change.replaced is change.tokens is change.added is change.base_name is None
+        if plain and change.loras and all(each.magnitude is None for each in change.loras):
+            return "product"
+        return "other"
+
+    def factors(self, name: str) -> Sequence[Factors]:
+        """The LoRA factors of one tensor, in at least float32; `changes(name)` is "product"."""
+        assert self.changes(name) == "product", name
+        with self._lock:
+            return tuple(self._read_factors(name, self._changes[name]))
+
     def _merged(self, name: str, change: Change, start: int, stop: int) -> Tensor:
         info = self.tensors[name]
         factors = self._read_factors(name, change)

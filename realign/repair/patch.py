@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from realign.checkpoint.matching import Slot
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import Slot
 from realign.errors import UsageError
 from realign.repair.edit import Dense, LowRank
 from realign.subspace.spectrum import top_triplets
@@ -53,11 +54,35 @@ class Patch:
     config: Mapping[str, Any]
     ranks: Mapping[str, int]
     """Rank by module."""
+    edit_ranks: Mapping[str, int]
+    """Of that, the rank of the repair's edit."""
+    error: float
+    """The largest norm(E - patch) / norm(E) of any matrix; 0 where the patch is exact."""
+    model_bytes: int
+    """Bytes of the tensors of the model under it."""
+    extends_adapter: bool = False
+    """Whether it holds the factors of the adapter that was repaired, too."""
+    sidecars: Mapping[str, Path | bytes] = field(default_factory=dict[str, "Path | bytes"])
+    """Small files that belong beside it, by relative name."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the adapter's weights."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        ranks = self.edit_ranks.values()
+        return {
+            "extends_adapter": self.extends_adapter,
+            "modules": len(self.ranks),
+            "rank": {"min": min(ranks), "mean": sum(ranks) / len(ranks), "max": max(ranks)},
+            "edit_ranks": dict(self.edit_ranks),
+            "nbytes": self.nbytes,
+            "model_bytes": self.model_bytes,
+            "error": self.error,
+        }
 
 
 def factor(slot: Slot, edit: LowRank | Dense, *, max_rank: int | None = None) -> Factors:
@@ -120,11 +145,11 @@ def build_patch(factors: Mapping[str, Factors], finetuned: Checkpoint, *, streng
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": _base_name(finetuned),
+        "base_model_name_or_path": base_name(finetuned),
         "revision": finetuned.commit,
         "inference_mode": True,
         "r": common,
-        "lora_alpha": _number(strength * common),
+        "lora_alpha": number(strength * common),
         "lora_dropout": 0.0,
         "bias": "none",
         "use_rslora": False,
@@ -132,9 +157,16 @@ def build_patch(factors: Mapping[str, Factors], finetuned: Checkpoint, *, streng
         "fan_in_fan_out": any(part.slot.transposed for part in factors.values()),
         "target_modules": sorted(ranks),
         "rank_pattern": dict(sorted(ranks.items())),
-        "alpha_pattern": {name: _number(strength * rank) for name, rank in sorted(ranks.items())},
+        "alpha_pattern": {name: number(strength * rank) for name, rank in sorted(ranks.items())},
     }
-    return Patch(dict(sorted(tensors.items())), config, dict(sorted(ranks.items())))
+    return Patch(
+        dict(sorted(tensors.items())),
+        config,
+        ranks=dict(sorted(ranks.items())),
+        edit_ranks=dict(sorted(ranks.items())),
+        error=max((part.error for part in factors.values()), default=0.0),
+        model_bytes=sum(info.nbytes for info in finetuned.tensors.values()),
+    )
 
 
 def _truncated(edit: LowRank | Dense, rank: int) -> tuple[Tensor, Tensor, float]:
@@ -182,7 +214,7 @@ def _module_prefix(finetuned: Checkpoint) -> str:
     return f"{prefix}."
 
 
-def _base_name(finetuned: Checkpoint) -> str:
+def base_name(finetuned: Checkpoint) -> str:
     """How the adapter names the fine-tune: the Hub id where it came from there, else the folder."""
     if finetuned.commit is None:
         return str(finetuned.folder.resolve())
@@ -193,5 +225,6 @@ def _stored(factor: Tensor) -> Tensor:
     return factor.detach().to("cpu", torch.float32).contiguous().clone()
 
 
-def _number(value: float) -> int | float:
+def number(value: float) -> int | float:
+    """A number as a config spells it: 4, not 4.0."""
     return int(value) if float(value).is_integer() else value

@@ -1,0 +1,125 @@
+"""A patch on a terminal: its facts, and rank, norm and error layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+from realign.report.repair import settings_text, size, vector_text
+from realign.report.words import MISSING, number
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from realign.repair.patch_inspect import InspectedModule, Inspection
+
+_BAR = 24
+
+_MATCH = {
+    "yes": "yes: the weights have the recorded hashes",
+    "no": "NO: the weights there are not those it was made for",
+    "not recorded": "unknown: the patch records no hashes",
+    "not here": "unknown: the model is not on this machine",
+}
+
+
+def patch_summary(record: Mapping[str, Any]) -> str:
+    """One line about a patch that was just written, from the manifest's `patch` record."""
+    rank = record["rank"]
+    low, high = rank["min"], rank["max"]
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}, mean {rank['mean']:.1f},"
+    share = 100 * record["nbytes"] / record["model_bytes"] if record["model_bytes"] else 0.0
+    error = record["error"]
+    exact = "exact" if error == 0.0 else f"truncated, largest relative error {error:.3g}"
+    kind = "adapter with the repair in it" if record["extends_adapter"] else "patch"
+    return (
+        f"{kind}: {ranks} in {record['modules']} modules, {size(record['nbytes'])} "
+        f"({share:.2g} % of the checkpoint), {exact}"
+    )
+
+
+def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
+    """Return what `realign patch inspect` shows."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+    from rich.text import Text
+
+    lines = [Text.assemble((f"{name:17}", "dim"), value) for name, value in _facts(found) if value]
+    table = Table(
+        title="Layer by layer",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        header_style="dim",
+    )
+    for title in ("layer", "modules", "rank", "", "norm", "error", "size"):
+        table.add_column(title, justify="left" if title in ("", "modules") else "right")
+    layers: dict[int | None, list[InspectedModule]] = {}
+    for each in found.modules:
+        layers.setdefault(each.module.layer, []).append(each)
+    ranks = {
+        layer: fmean(m.module.edit_rank or m.module.rank for m in members)
+        for layer, members in layers.items()
+    }
+    highest = max(ranks.values(), default=1.0)
+    for layer, members in layers.items():
+        error = max(each.error for each in members)
+        table.add_row(
+            "other" if layer is None else str(layer),
+            Text(_names(members)),
+            number(ranks[layer], digits=1),
+            Text("#" * max(1, round(_BAR * ranks[layer] / highest)), style="cyan"),
+            number(sum(each.norm**2 for each in members) ** 0.5),
+            number(error) if error else MISSING,
+            size(sum(each.module.nbytes for each in members)),
+        )
+    return (*lines, "", table)
+
+
+def _facts(found: Inspection) -> list[tuple[str, str]]:
+    patch, origin = found.patch, found.origin
+    share = "" if found.percent is None else f" ({found.percent:.2g} % of the model)"
+    modules = len(found.modules)
+    inputs = ", ".join(
+        f"{role} {each['source']}" for role, each in origin.get("inputs", {}).items()
+    )
+    return [
+        ("patch", patch.source),
+        ("for the model", patch.model_name or MISSING),
+        ("is it that model", _MATCH[found.model_found]),
+        (
+            "made by",
+            " ".join([str(origin["method"]), *settings_text(origin["settings"])])
+            if origin
+            else "an adapter that realign did not write",
+        ),
+        ("safety vector", vector_text(origin.get("safety_vector"))),
+        ("from", inputs),
+        ("strength", f"{patch.strength:g}"),
+        ("size", f"{size(patch.nbytes)} in {modules} modules{share}"),
+        ("", ""),
+        (
+            "edit",
+            f"truncated, largest relative error {found.error:.3g}"
+            if found.error
+            else ("exact" if origin else ""),
+        ),
+        (
+            "holds",
+            "the fine-tune's own factors and the repair's" if patch.extends_adapter else "",
+        ),
+        ("trained whole", _short(patch.trained)),
+    ]
+
+
+def _short(names: Sequence[str]) -> str:
+    if len(names) <= 3:
+        return ", ".join(names)
+    return f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _names(members: Sequence[InspectedModule]) -> str:
+    return " ".join(dict.fromkeys(each.module.module.rpartition(".")[2] for each in members))
