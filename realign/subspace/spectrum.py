@@ -1,8 +1,9 @@
 """Spectra and singular vectors, all from one float64 eigendecomposition of the smaller side.
 
 Here: the Gram matrix of the smaller side, its eigenvalues (squared singular values) in descending
-order with the rounding tail set to zero, and the singular vectors on either side. Not here: how
-many of them to keep (`entropy`) and what to do with them (`projector`).
+order with the rounding tail set to zero, and the singular vectors on either side. Not here: how an
+eigenproblem is solved (`eigen`), how many vectors to keep (`entropy`), what to do with them
+(`projector`).
 
 Why the Gram: on the smaller side in float64 it gives the same ranks as a float64 SVD at a fraction
 of its time. What is lost, singular values below about 1e-7 of the largest, is set to zero rather
@@ -19,14 +20,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from realign.errors import NonFiniteError
+from realign.subspace.eigen import Eigenpairs, eigenpairs, eigenvalues
+from realign.subspace.lapack import syrk_upper
 
 Side = Literal["both", "left", "right"]
 
-EPS = torch.finfo(torch.float64).eps
-
-GRAM_COLUMNS = 2048
-"""Columns upcast at once while a Gram matrix is accumulated: bounds the float64 copy."""
+GRAM_ROWS = 512
+"""Rows or columns upcast at once while a Gram matrix is accumulated: bounds the float64 copy."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,37 +64,42 @@ class Triplets:
 class Decomposition:
     """One eigendecomposition of a matrix, from which any number of triples can be taken.
 
+    The vectors are worked out when they are asked for: ask for the largest number first.
+
     Attributes:
         matrix: the matrix M [d_out, d_in] as given.
-        energies: [n] float64, sigma_i^2, descending.
-        vectors: [n, n] float64, the singular vectors of the smaller side as columns.
+        pairs: of the Gram matrix of the smaller side.
     """
 
     matrix: Tensor
-    energies: Tensor
-    vectors: Tensor
+    pairs: Eigenpairs
+
+    @property
+    def energies(self) -> Tensor:
+        """sigma_i^2 [n], float64, descending."""
+        return self.pairs.values
 
     @property
     def smaller_is_left(self) -> bool:
-        """Whether `vectors` are left singular vectors (d_out <= d_in)."""
+        """Whether the vectors of the smaller side are the left ones (d_out <= d_in)."""
         return self.matrix.shape[0] <= self.matrix.shape[1]
 
     def left(self, k: int) -> Tensor:
         """Return the first k left singular vectors [d_out, k]."""
         if self.smaller_is_left:
-            return self.vectors[:, :k]
+            return self.pairs.top(k)
         return self._other_side(k)
 
     def right(self, k: int) -> Tensor:
         """Return the first k right singular vectors [d_in, k]."""
         if not self.smaller_is_left:
-            return self.vectors[:, :k]
+            return self.pairs.top(k)
         return self._other_side(k)
 
     def triplets(self, k: int, *, side: Side = "both") -> Triplets:
         """Return the first k triples; the side not asked for has no columns."""
         d_out, d_in = self.matrix.shape
-        new = self.vectors.new_empty
+        new = self.energies.new_empty
         return Triplets(
             u=self.left(k) if side != "right" else new(d_out, 0),
             s=self.energies[:k].sqrt(),
@@ -107,11 +112,14 @@ class Decomposition:
         The QR takes the columns in order of their energy, so that a weak direction loses what
         rounding leaked into it from a strong one. It also completes the basis where sigma_i is 0.
         """
-        known_nk = self.vectors[:, :k]
+        known_nk = self.pairs.top(k)
         matrix = _workable(self.matrix)
         if self.smaller_is_left:
             matrix = matrix.T
-        image = matrix.to(torch.float64) @ known_nk
+        image = known_nk.new_empty(matrix.shape[0], k)
+        for start in range(0, matrix.shape[0], GRAM_ROWS):
+            rows = slice(start, start + GRAM_ROWS)
+            torch.matmul(matrix[rows].to(torch.float64), known_nk, out=image[rows])
         basis, triangle = torch.linalg.qr(image)
         signs = torch.where(triangle.diagonal() < 0, -1.0, 1.0)
         return basis * signs.to(basis)
@@ -120,16 +128,10 @@ class Decomposition:
 def gram(m: Tensor) -> Tensor:
     """Return the smaller of M M^T and M^T M, [n, n] float64, exactly symmetric.
 
-    Raises:
-        NonFiniteError: the matrix holds NaN or infinity.
+    An entry that is not finite makes entries of the result so.
     """
-    long_by_columns = _workable(m) if m.shape[0] <= m.shape[1] else _workable(m).T
-    n, length = long_by_columns.shape
-    out_nn = torch.zeros(n, n, dtype=torch.float64, device=long_by_columns.device)
-    for start in range(0, length, GRAM_COLUMNS):
-        block = long_by_columns[:, start : start + GRAM_COLUMNS].to(torch.float64)
-        out_nn.addmm_(block, block.T)
-    return _symmetrised(out_nn)
+    upper = _upper_gram(m).triu_()
+    return upper + upper.triu(1).T
 
 
 def spectrum(m: Tensor) -> Spectrum:
@@ -138,7 +140,7 @@ def spectrum(m: Tensor) -> Spectrum:
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
     """
-    return symmetric_spectrum(gram(m))
+    return Spectrum(eigenvalues(_upper_gram(m), overwrite=True))
 
 
 def decompose(m: Tensor) -> Decomposition:
@@ -147,8 +149,7 @@ def decompose(m: Tensor) -> Decomposition:
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
     """
-    energies, vectors = symmetric_eigenpairs(gram(m))
-    return Decomposition(matrix=m, energies=energies, vectors=vectors)
+    return Decomposition(matrix=m, pairs=eigenpairs(_upper_gram(m), overwrite=True))
 
 
 def top_triplets(m: Tensor, k: int | None = None, *, side: Side = "both") -> Triplets:
@@ -162,19 +163,12 @@ def top_triplets(m: Tensor, k: int | None = None, *, side: Side = "both") -> Tri
 
 
 def symmetric_spectrum(c: Tensor) -> Spectrum:
-    """Return the eigenvalues of a positive semi-definite C [n, n], as energies."""
-    return Spectrum(_clean(torch.linalg.eigvalsh(_symmetrised(_workable(c))).flip(0)))
+    """Return the eigenvalues of a positive semi-definite C [n, n], as energies.
 
-
-def symmetric_eigenpairs(c: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues [n] (descending, cleaned) and eigenvectors [n, n] of a PSD matrix."""
-    values, vectors = torch.linalg.eigh(_symmetrised(_workable(c)))
-    return _clean(values.flip(0)), vectors.flip(1)
-
-
-def top_eigenvectors(c: Tensor, r: int) -> Tensor:
-    """Return the eigenvectors [n, r] of the r largest eigenvalues of a PSD matrix C [n, n]."""
-    return symmetric_eigenpairs(c)[1][:, :r]
+    Raises:
+        NonFiniteError: the matrix holds NaN or infinity.
+    """
+    return Spectrum(eigenvalues(_workable(c)))
 
 
 def numerical_rank(energies: Tensor) -> int:
@@ -182,25 +176,30 @@ def numerical_rank(energies: Tensor) -> int:
     return int(torch.count_nonzero(energies))
 
 
+def _upper_gram(m: Tensor) -> Tensor:
+    """The Gram matrix of the smaller side [n, n], float64; below the diagonal is anything.
+
+    Only one triangle is computed on the CPU, in blocks of rows or columns, whichever lie together.
+    """
+    short_nl = _workable(m) if m.shape[0] <= m.shape[1] else _workable(m).T
+    n, length = short_nl.shape
+    out_nn = torch.zeros(n, n, dtype=torch.float64, device=short_nl.device)
+    by_rows = short_nl.stride(0) < short_nl.stride(1)
+    for start in range(0, length, GRAM_ROWS):
+        block = short_nl[:, start : start + GRAM_ROWS]
+        if by_rows:
+            block = block.T
+        block = block.to(torch.float64).contiguous()
+        if out_nn.device.type == "cpu":
+            syrk_upper(out_nn, block, by_rows=by_rows)
+        elif by_rows:
+            out_nn.addmm_(block.T, block)
+        else:
+            out_nn.addmm_(block, block.T)
+    return out_nn
+
+
 def _workable(m: Tensor) -> Tensor:
     """Move to a device that knows float64; Apple's does not."""
     m = m.detach()
     return m.cpu() if m.device.type == "mps" else m
-
-
-def _symmetrised(c: Tensor) -> Tensor:
-    c = c.to(torch.float64)
-    if not bool(torch.isfinite(c).all()):
-        raise NonFiniteError(
-            "a matrix to be decomposed holds NaN or infinity",
-            "one of the checkpoints is damaged: check the tensor named above",
-        )
-    return (c + c.T).mul_(0.5)
-
-
-def _clean(descending: Tensor) -> Tensor:
-    """Set to 0 what is negative or below lambda_1 n eps: rounding, not signal."""
-    if descending.numel() == 0:
-        return descending
-    floor = descending[0].clamp(min=0.0) * (descending.numel() * EPS)
-    return torch.where(descending > floor, descending, torch.zeros_like(descending))

@@ -20,6 +20,7 @@ from realign.lab.claims import Claims, measure_claims, refusals
 from realign.model.loading import load_model
 from realign.model.moments import TokenSequence
 from realign.repair.methods.scatter import OutputSpectrum
+from realign.subspace.eigen import KnownEigenpairs
 from realign.subspace.projector import Isolation, Overlap, isolation
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
@@ -27,7 +28,8 @@ TINY = FIXTURES / "tiny"
 
 
 def spectrum(energies: list[float], vectors: Tensor) -> OutputSpectrum:
-    return OutputSpectrum(torch.tensor(energies, dtype=torch.float64), vectors, None)
+    values = torch.tensor(energies, dtype=torch.float64)
+    return OutputSpectrum(KnownEigenpairs(values, vectors), None)
 
 
 def test_stability_and_isolation_by_hand() -> None:

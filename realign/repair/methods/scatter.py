@@ -8,9 +8,11 @@
              since it is no function of the moments
 
 Output moments give C directly. Input moments (x, shared by q, k, v and by gate, up) give it as
-W Cov W^T; where d_out > d_in the eigenproblem is solved on the input side, in [d_in, d_in].
+W Cov W^T. The eigenproblem is solved on the smallest side there is: [d_in, d_in] where
+d_out > d_in, and about [N, N] where the anchors have clearly fewer tokens N than the layer has
+outputs. Both write C = M M^T with a tall M, whose other Gram matrix M^T M has the same energies.
 
-Shape suffixes: o is d_out, i is d_in, q the rank of the input scatter, r the kept directions.
+Shape suffixes: o is d_out, i is d_in, q the rank of a factor, r the kept directions.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from realign.subspace.spectrum import EPS, symmetric_eigenpairs
+from realign.subspace.eigen import EPS, Eigenpairs, eigenpairs
+from realign.subspace.lapack import pivoted_cholesky
+from realign.subspace.spectrum import decompose
 
 if TYPE_CHECKING:
     from realign.model.moments import Moments
@@ -32,28 +36,46 @@ DEAD = 1e-6
 CANCELLED = 256 * EPS
 """A variance this small against the mean square is rounding left over from their difference."""
 
+FEW_TOKENS = 0.7
+"""Tokens per output below which C is factored first: rank and time then follow the tokens."""
+
+STEEP = 1e-7
+"""Energies further than this below the largest need a QR to keep their directions orthonormal."""
+
 
 @dataclass(frozen=True, eq=False)
 class OutputSpectrum:
     """Eigenvalues of C, and whatever gives its leading eigenvectors.
 
     Attributes:
-        energies: [d_out] or [d_in], float64, descending; the eigenvalues that are missing are 0.
-        vectors: eigenvectors as columns: of C on the output side, of M^T M on the input side.
-        lift: M [d_out, q] with C = M M^T on the input side, None on the output side.
+        pairs: of C, or of M^T M where there is a lift.
+        lift: M [d_out, q] with C = M M^T, None where C itself was decomposed.
     """
 
-    energies: Tensor
-    vectors: Tensor
+    pairs: Eigenpairs
     lift: Tensor | None
 
+    @property
+    def energies(self) -> Tensor:
+        """[d_out] or [q], float64, descending; the eigenvalues that are missing are 0."""
+        return self.pairs.values
+
     def basis(self, r: int) -> Tensor:
-        """Return U_r [d_out, r], float64, orthonormal columns."""
-        if self.lift is None:
-            return self.vectors[:, :r]
-        # U = M V / sigma; the QR keeps the columns orthonormal where sigma is small.
-        # Signs are free: only U diag(.) U^T is used.
-        return torch.linalg.qr(self.lift @ self.vectors[:, :r]).Q
+        """Return U_r [d_out, r], float64, orthonormal columns.
+
+        Signs are free: only U diag(.) U^T is used.
+        """
+        if self.lift is None or r == 0:
+            return self.pairs.top(r)
+        image_or = self.lift @ self.pairs.top(r)
+        energies = self.energies[:r]
+        if float(energies[-1]) <= STEEP * float(energies[0]):
+            return torch.linalg.qr(image_or).Q
+        # U = M V / sigma is orthonormal up to rounding that grows with sigma_1^2 / sigma_r^2. One
+        # Cholesky step takes that away, at a fraction of the time of a QR.
+        image_or /= energies.sqrt()
+        triangle = torch.linalg.cholesky(image_or.T @ image_or).T
+        return torch.linalg.solve_triangular(triangle, image_or, upper=True, left=False)
 
 
 def output_spectrum(moments: Moments, weight: Tensor, standardize: str) -> OutputSpectrum:
@@ -68,42 +90,66 @@ def output_spectrum(moments: Moments, weight: Tensor, standardize: str) -> Outpu
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device
     n = moments.n
     s1 = moments.s1.to(device, torch.float64)
-    s2 = moments.s2.to(device, torch.float64)
-    if moments.kind == "token":
-        return _on_output_side(s2)
     centred = standardize == "neuron"
-    scatter = s2 / n - torch.outer(s1, s1) / n**2 if centred else s2
+    # A copy of the moments, worked on in place: nothing else of this size is made.
+    scatter = moments.s2.to(device, torch.float64, copy=True)
+    if centred:
+        scatter.div_(n).addr_(s1, s1, alpha=-1.0 / n**2)
+    most = n - 1 if centred else n
+    if moments.kind == "token":
+        return _on_output_side(scatter, most=most)
     if moments.kind == "output":
-        assert s2.shape[0] == weight.shape[0], (tuple(s2.shape), tuple(weight.shape))
+        assert scatter.shape[0] == weight.shape[0], (tuple(scatter.shape), tuple(weight.shape))
         if centred:
-            inverse = _inverse_deviation(scatter.diagonal(), s1 / n)
-            scatter = inverse[:, None] * scatter * inverse
-        return _on_output_side(scatter)
+            _scale(scatter, _inverse_deviation(scatter.diagonal(), s1 / n))
+        return _on_output_side(scatter, most=most)
 
     w_oi = weight.detach().to(device, torch.float64)
     d_out, d_in = w_oi.shape
-    assert s2.shape[0] == d_in, (tuple(s2.shape), tuple(weight.shape))
+    assert scatter.shape[0] == d_in, (tuple(scatter.shape), tuple(weight.shape))
     if d_out <= d_in:
         c_oo = w_oi @ scatter @ w_oi.T
         if centred:
-            inverse = _inverse_deviation(c_oo.diagonal(), w_oi @ (s1 / n))
-            c_oo = inverse[:, None] * c_oo * inverse
-        return _on_output_side(c_oo)
+            _scale(c_oo, _inverse_deviation(c_oo.diagonal(), w_oi @ (s1 / n)))
+        return _on_output_side(c_oo, most=most)
 
-    values, axes_ii = symmetric_eigenpairs(scatter)
-    live = values > 0
-    factor_iq = axes_ii[:, live] * values[live].sqrt()  # scatter = L L^T
-    lift_oq = w_oi @ factor_iq
+    lift_oq = w_oi @ _square_factor(scatter, most=most)
     if centred:
-        variance = lift_oq.square().sum(dim=1)
-        lift_oq = _inverse_deviation(variance, w_oi @ (s1 / n))[:, None] * lift_oq
-    energies, vectors = symmetric_eigenpairs(lift_oq.T @ lift_oq)
-    return OutputSpectrum(energies=energies, vectors=vectors, lift=lift_oq)
+        variance = torch.linalg.vector_norm(lift_oq, dim=1).square_()
+        lift_oq *= _inverse_deviation(variance, w_oi @ (s1 / n))[:, None]
+    return _lifted(lift_oq)
 
 
-def _on_output_side(c_oo: Tensor) -> OutputSpectrum:
-    energies, vectors = symmetric_eigenpairs(c_oo)
-    return OutputSpectrum(energies=energies, vectors=vectors, lift=None)
+def _square_factor(scatter: Tensor, *, most: int) -> Tensor:
+    """Return L [d, q] with scatter = L L^T; the argument's memory is given away.
+
+    Args:
+        scatter: [d, d], positive semi-definite.
+        most: a rank that it cannot exceed: what lies beyond is rounding.
+    """
+    if scatter.device.type != "cpu":
+        pairs = eigenpairs(scatter, overwrite=True)
+        q = min(int(torch.count_nonzero(pairs.values)), most)
+        return pairs.top(q) * pairs.values[:q].sqrt()
+    factor, pivots, found = pivoted_cholesky(scatter)
+    q = min(found, most)
+    lower = factor.new_empty(factor.shape[0], q)
+    lower[pivots] = factor[:q].triu_().T
+    return lower
+
+
+def _on_output_side(c_oo: Tensor, *, most: int) -> OutputSpectrum:
+    if c_oo.device.type == "cpu" and most < FEW_TOKENS * c_oo.shape[0]:
+        return _lifted(_square_factor(c_oo, most=most))
+    return OutputSpectrum(pairs=eigenpairs(c_oo, overwrite=True), lift=None)
+
+
+def _lifted(lift_oq: Tensor) -> OutputSpectrum:
+    return OutputSpectrum(pairs=decompose(lift_oq).pairs, lift=lift_oq)
+
+
+def _scale(c_oo: Tensor, inverse: Tensor) -> None:
+    c_oo.mul_(inverse[:, None]).mul_(inverse)
 
 
 def _inverse_deviation(variance: Tensor, mean: Tensor) -> Tensor:

@@ -1,0 +1,118 @@
+"""Eigenvalues of a positive semi-definite matrix, and as many eigenvectors as are asked for.
+
+Ranks are chosen from all eigenvalues, but few of the vectors are kept. On the CPU a matrix is
+therefore reduced to tridiagonal form once; the eigenvalues follow at once, and the leading vectors
+when their number is known. Against a full `eigh` that takes a third of the time and half of the
+memory: the matrix itself holds the reduction, and nothing else of its size is needed.
+
+Here: both routes, on the CPU and on an accelerator, in float64. Not here: where the matrix comes
+from (`spectrum`), and how many vectors are wanted (`entropy`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from realign.errors import NonFiniteError
+from realign.subspace.lapack import (
+    apply_reflectors,
+    tridiagonal_values,
+    tridiagonal_vectors,
+    tridiagonalise,
+)
+
+EPS = torch.finfo(torch.float64).eps
+
+
+class Eigenpairs(ABC):
+    """The eigenvalues of a PSD matrix [n, n], and its leading eigenvectors on demand."""
+
+    values: Tensor
+    """[n] float64, descending, the rounding tail exactly 0."""
+
+    @abstractmethod
+    def top(self, k: int) -> Tensor:
+        """Return the eigenvectors of the k largest eigenvalues as columns [n, k], descending."""
+
+
+class KnownEigenpairs(Eigenpairs):
+    """All vectors are there already."""
+
+    def __init__(self, values: Tensor, vectors: Tensor) -> None:
+        self.values = values
+        self._vectors = vectors
+
+    def top(self, k: int) -> Tensor:
+        """See `Eigenpairs.top`."""
+        return self._vectors[:, :k]
+
+
+class _Reduced(Eigenpairs):
+    """Reduced to T = Q^T C Q, tridiagonal; a vector of T costs O(n), its way back O(n^2)."""
+
+    def __init__(self, c_nn: Tensor) -> None:
+        self._reflectors = c_nn
+        self._diagonal, self._beside, self._factors = tridiagonalise(c_nn)
+        self.values = _clean(tridiagonal_values(self._diagonal, self._beside).flip(0))
+        self._rows_kn = c_nn.new_empty(0, c_nn.shape[0])
+
+    def top(self, k: int) -> Tensor:
+        """See `Eigenpairs.top`."""
+        if k > self._rows_kn.shape[0]:
+            self._rows_kn = self._rows_kn.new_empty(0, 0)  # freed before the larger one is made
+            # The largest of C are the smallest of -C, which has the same vectors and reflectors.
+            self._rows_kn = tridiagonal_vectors(-self._diagonal, -self._beside, k)
+            apply_reflectors(self._reflectors, self._factors, self._rows_kn)
+        return self._rows_kn[:k].T
+
+
+def eigenpairs(c_nn: Tensor, *, overwrite: bool = False) -> Eigenpairs:
+    """Decompose a symmetric positive semi-definite matrix.
+
+    Args:
+        c_nn: [n, n]; on the CPU only its upper triangle (row <= column) is read.
+        overwrite: give the memory of `c_nn` away, if it is float64 and contiguous.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
+        torch.linalg.LinAlgError: the decomposition does not converge.
+    """
+    work = _own_copy(c_nn, overwrite=overwrite)
+    if work.device.type == "cpu":
+        return _Reduced(work)
+    values, vectors = torch.linalg.eigh(work, UPLO="U")
+    return KnownEigenpairs(_clean(values.flip(0)), vectors.flip(1))
+
+
+def eigenvalues(c_nn: Tensor, *, overwrite: bool = False) -> Tensor:
+    """Return the eigenvalues [n] alone: float64, descending, the rounding tail exactly 0.
+
+    The arguments and errors are those of `eigenpairs`.
+    """
+    work = _own_copy(c_nn, overwrite=overwrite)
+    if work.device.type == "cpu":
+        return _Reduced(work).values
+    return _clean(torch.linalg.eigvalsh(work, UPLO="U").flip(0))
+
+
+def _own_copy(c_nn: Tensor, *, overwrite: bool) -> Tensor:
+    c_nn = c_nn.detach()
+    if not bool(torch.isfinite(c_nn.sum(dtype=torch.float64))):
+        raise NonFiniteError(
+            "a matrix to be decomposed holds NaN or infinity",
+            "one of the checkpoints is damaged: check the tensor named above",
+        )
+    work = c_nn.to(torch.float64).contiguous()
+    shared = work.data_ptr() == c_nn.data_ptr() and work.numel() > 0
+    return work.clone() if shared and not overwrite else work
+
+
+def _clean(descending: Tensor) -> Tensor:
+    """Set to 0 what is negative or below lambda_1 n eps: rounding, not signal."""
+    if descending.numel() == 0:
+        return descending
+    floor = descending[0].clamp(min=0.0) * (descending.numel() * EPS)
+    return torch.where(descending > floor, descending, torch.zeros_like(descending))
