@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from scipy.stats import beta, norm
-
 from realign.errors import UsageError
 
 ALPHA = 0.025
@@ -55,6 +53,8 @@ def critical_value(alpha: float) -> float:
     Raises:
         UsageError: alpha is not in (0, 0.5).
     """
+    from scipy.stats import norm  # slow to import: only where it is used
+
     if not 0.0 < alpha < 0.5:
         raise UsageError(
             f"alpha is {alpha}, but it must lie between 0 and 0.5",
@@ -87,6 +87,8 @@ def wilson(x: int, n: int, *, alpha: float = ALPHA) -> Interval | None:
 
 def clopper_pearson(x: int, n: int, *, alpha: float = ALPHA) -> Interval | None:
     """The exact interval for x bad among n (Clopper and Pearson 1934); None when n is 0."""
+    from scipy.stats import beta  # slow to import: only where it is used
+
     critical_value(alpha)
     if not _counts_ok(x, n):
         return None

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.stats import binom, combine_pvalues
 
 from realign.audit.statistics.intervals import ALPHA, critical_value
 from realign.audit.statistics.paired import mcnemar_one_sided
@@ -64,6 +63,8 @@ def family_test(members: Sequence[FamilyMember], *, alpha: float = ALPHA) -> Fam
         UsageError: no member, a suite given twice (two judges on one suite are not two suites), or
             a suite whose items share clusters.
     """
+    from scipy.stats import combine_pvalues  # slow to import: only where it is used
+
     critical_value(alpha)
     _check_members(members)
     p_values = [mcnemar_one_sided(m.b, m.c) for m in members]
@@ -86,6 +87,8 @@ def max_drop(flips: Sequence[tuple[int, int]]) -> tuple[float | None, float]:
 
     Under the null b_t ~ Bin(b_t + c_t, 1/2) independently, so p = 1 - prod P(statistic_t < T).
     """
+    from scipy.stats import binom  # slow to import: only where it is used
+
     counted = [(b, b + c) for b, c in flips if b + c > 0]
     if not counted:
         return None, 1.0

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.stats import binom
 
 from realign.audit.statistics.intervals import (
     ALPHA,
@@ -108,6 +107,8 @@ def mcnemar_one_sided(
     Raises:
         UsageError: items share clusters, so the pairs are not independent.
     """
+    from scipy.stats import binom  # slow to import: only where it is used
+
     if clusters_repeat(clusters):
         raise UsageError(
             "McNemar's test treats pairs as independent, but items share clusters",

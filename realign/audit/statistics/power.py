@@ -13,8 +13,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import root_scalar
-from scipy.stats import binom, norm
 
 from realign.audit.statistics.intervals import ALPHA, critical_value
 from realign.audit.statistics.paired import tango_within
@@ -29,6 +27,8 @@ PLANNED_CHURNS = (0.02, 0.04, 0.08)
 
 def rejection_counts(n: int, *, alpha: float = ALPHA) -> NDArray[np.int64]:
     """For m = 0..n flips, the smallest k with P(Bin(m, 1/2) >= k) <= alpha; above m if none."""
+    from scipy.stats import binom  # slow to import: only where it is used
+
     return binom.isf(alpha, np.arange(n + 1), 0.5).astype(np.int64) + 1
 
 
@@ -41,6 +41,8 @@ def mcnemar_power(n: int, *, drift: float, c_rate: float, alpha: float = ALPHA) 
         c_rate: share of items fixed.
         alpha: one-sided error.
     """
+    from scipy.stats import binom  # slow to import: only where it is used
+
     b_rate = c_rate + drift
     churn = b_rate + c_rate
     assert min(b_rate, c_rate) >= 0.0 and churn <= 1.0 + 1e-12, f"rates {b_rate}, {c_rate}"
@@ -55,6 +57,8 @@ def minimum_detectable_effect(
     n: int, *, c_rate: float, alpha: float = ALPHA, power: float = POWER
 ) -> float | None:
     """The smallest true D found with the wanted power; None when no D reaches it."""
+    from scipy.optimize import root_scalar  # slow to import: only where it is used
+
     highest = 1.0 - 2.0 * c_rate
 
     def shortfall(drift: float) -> float:
@@ -69,6 +73,8 @@ def detection_n_quick(
     *, drift: float, churn: float, alpha: float = ALPHA, power: float = POWER
 ) -> float:
     """The textbook normal approximation of the n that detects D with the wanted power."""
+    from scipy.stats import norm  # slow to import: only where it is used
+
     z = critical_value(alpha) * math.sqrt(churn)
     z += float(norm.ppf(power)) * math.sqrt(churn - drift**2)
     return (z / drift) ** 2
@@ -93,6 +99,8 @@ def certification_probability(
 
     At drift = margin this is the error of certifying, at drift = 0 the chance to certify.
     """
+    from scipy.stats import binom  # slow to import: only where it is used
+
     b_rate, c_rate = (churn + drift) / 2.0, (churn - drift) / 2.0
     assert min(b_rate, c_rate) > -1e-12 and churn <= 1.0, f"rates {b_rate}, {c_rate}"
     b_rate, c_rate = max(b_rate, 0.0), max(c_rate, 0.0)
@@ -134,6 +142,8 @@ def n_needed(
     None when more than `MAX_ITEMS` are needed. Depends on the margin and the churn only, because
     Tango's limits do not depend on the comparator's rate.
     """
+    from scipy.stats import norm  # slow to import: only where it is used
+
     z = critical_value(alpha) + float(norm.ppf(power))
     for n in _candidates(churn * (z / margin) ** 2):
         if certification_probability(n, margin=margin, churn=churn, alpha=alpha) >= power:
