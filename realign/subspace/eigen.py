@@ -80,11 +80,22 @@ def eigenpairs(c_nn: Tensor, *, overwrite: bool = False) -> Eigenpairs:
         NonFiniteError: it holds NaN or infinity.
         torch.linalg.LinAlgError: the decomposition does not converge.
     """
-    work = _own_copy(c_nn, overwrite=overwrite)
-    if work.device.type == "cpu":
-        return _Reduced(work)
-    values, vectors = torch.linalg.eigh(work, UPLO="U")
-    return KnownEigenpairs(_clean(values.flip(0)), vectors.flip(1))
+    if c_nn.device.type != "cpu":
+        return eigenpairs_batch(c_nn[None])[0]
+    return _Reduced(_own_copy(c_nn, overwrite=overwrite))
+
+
+def eigenpairs_batch(c_bnn: Tensor) -> list[Eigenpairs]:
+    """Decompose matrices [b, n, n] in one call of the device's own solver; see `eigenpairs`.
+
+    Only the upper triangles are read.
+    """
+    _require_finite(c_bnn)
+    values_bn, vectors_bnn = torch.linalg.eigh(c_bnn.detach().to(torch.float64), UPLO="U")
+    return [
+        KnownEigenpairs(_clean(values.flip(0)), vectors.flip(1))
+        for values, vectors in zip(values_bn, vectors_bnn, strict=True)
+    ]
 
 
 def eigenvalues(c_nn: Tensor, *, overwrite: bool = False) -> Tensor:
@@ -92,22 +103,27 @@ def eigenvalues(c_nn: Tensor, *, overwrite: bool = False) -> Tensor:
 
     The arguments and errors are those of `eigenpairs`.
     """
-    work = _own_copy(c_nn, overwrite=overwrite)
-    if work.device.type == "cpu":
-        return _Reduced(work).values
-    return _clean(torch.linalg.eigvalsh(work, UPLO="U").flip(0))
+    if c_nn.device.type == "cpu":
+        return _Reduced(_own_copy(c_nn, overwrite=overwrite)).values
+    _require_finite(c_nn)
+    return _clean(torch.linalg.eigvalsh(c_nn.detach().to(torch.float64), UPLO="U").flip(0))
 
 
 def _own_copy(c_nn: Tensor, *, overwrite: bool) -> Tensor:
+    _require_finite(c_nn)
     c_nn = c_nn.detach()
-    if not bool(torch.isfinite(c_nn.sum(dtype=torch.float64))):
+    work = c_nn.to(torch.float64).contiguous()
+    shared = work.data_ptr() == c_nn.data_ptr() and work.numel() > 0
+    return work.clone() if shared and not overwrite else work
+
+
+def _require_finite(c: Tensor) -> None:
+    # A sum is finite where all entries are: eigenvalues near the largest float64 do not occur.
+    if not bool(torch.isfinite(c.detach().sum(dtype=torch.float64))):
         raise NonFiniteError(
             "a matrix to be decomposed holds NaN or infinity",
             "one of the checkpoints is damaged: check the tensor named above",
         )
-    work = c_nn.to(torch.float64).contiguous()
-    shared = work.data_ptr() == c_nn.data_ptr() and work.numel() > 0
-    return work.clone() if shared and not overwrite else work
 
 
 def _clean(descending: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from realign.subspace.eigen import Eigenpairs, eigenpairs, eigenvalues
+from realign.subspace.eigen import Eigenpairs, eigenpairs, eigenpairs_batch, eigenvalues
 from realign.subspace.lapack import syrk_upper
 
 Side = Literal["both", "left", "right"]
@@ -152,6 +152,31 @@ def decompose(m: Tensor) -> Decomposition:
     return Decomposition(matrix=m, pairs=eigenpairs(_upper_gram(m), overwrite=True))
 
 
+def gram_batch(matrices: Tensor) -> Tensor:
+    """Return the smaller Gram matrices [b, n, n], float64, of matrices [b, d_out, d_in]."""
+    short_bnl = matrices.detach()
+    if short_bnl.shape[1] > short_bnl.shape[2]:
+        short_bnl = short_bnl.mT
+    b, n, length = short_bnl.shape
+    out_bnn = torch.zeros(b, n, n, dtype=torch.float64, device=matrices.device)
+    for start in range(0, length, GRAM_ROWS):
+        block = short_bnl[:, :, start : start + GRAM_ROWS].to(torch.float64)
+        out_bnn.baddbmm_(block, block.mT)
+    return out_bnn
+
+
+def decompose_batch(matrices: Tensor) -> list[Decomposition]:
+    """Decompose matrices of one shape [b, d_out, d_in], on an accelerator all in one call.
+
+    Raises:
+        NonFiniteError: one of them holds NaN or infinity.
+    """
+    if matrices.device.type in ("cpu", "mps"):
+        return [decompose(m) for m in matrices]
+    pairs = eigenpairs_batch(gram_batch(matrices))
+    return [Decomposition(m, each) for m, each in zip(matrices, pairs, strict=True)]
+
+
 def top_triplets(m: Tensor, k: int | None = None, *, side: Side = "both") -> Triplets:
     """Return the leading k singular triples of M [d_out, d_in], all min(d_out, d_in) by default.
 
@@ -181,21 +206,17 @@ def _upper_gram(m: Tensor) -> Tensor:
 
     Only one triangle is computed on the CPU, in blocks of rows or columns, whichever lie together.
     """
-    short_nl = _workable(m) if m.shape[0] <= m.shape[1] else _workable(m).T
+    m = _workable(m)
+    if m.device.type != "cpu":
+        return gram_batch(m[None])[0]
+    short_nl = m if m.shape[0] <= m.shape[1] else m.T
     n, length = short_nl.shape
-    out_nn = torch.zeros(n, n, dtype=torch.float64, device=short_nl.device)
+    out_nn = torch.zeros(n, n, dtype=torch.float64)
     by_rows = short_nl.stride(0) < short_nl.stride(1)
     for start in range(0, length, GRAM_ROWS):
         block = short_nl[:, start : start + GRAM_ROWS]
-        if by_rows:
-            block = block.T
-        block = block.to(torch.float64).contiguous()
-        if out_nn.device.type == "cpu":
-            syrk_upper(out_nn, block, by_rows=by_rows)
-        elif by_rows:
-            out_nn.addmm_(block.T, block)
-        else:
-            out_nn.addmm_(block, block.T)
+        block = (block.T if by_rows else block).to(torch.float64).contiguous()
+        syrk_upper(out_nn, block, by_rows=by_rows)
     return out_nn
 
 

@@ -6,11 +6,14 @@ from support.subspace_support import entropy_rank_by_loop, matrix
 from torch import Tensor
 
 from realign.errors import NonFiniteError
+from realign.subspace.eigen import eigenpairs, eigenpairs_batch
 from realign.subspace.entropy import entropy_rank, total_entropy
 from realign.subspace.projector import fix_signs
 from realign.subspace.spectrum import (
     decompose,
+    decompose_batch,
     gram,
+    gram_batch,
     numerical_rank,
     spectrum,
     symmetric_spectrum,
@@ -144,3 +147,23 @@ def test_fix_signs_makes_the_largest_entry_positive_and_keeps_the_product() -> N
     assert torch.allclose((u * found.s) @ v.T, (found.u * found.s) @ found.v.T)
     again, _ = fix_signs(u, v)
     assert torch.equal(again, u)
+
+
+@pytest.mark.parametrize("shape", [(4, 9, 5), (3, 5, 1100), (1, 6, 6)])
+def test_a_batch_is_its_matrices(shape: tuple[int, int, int]) -> None:
+    batch = matrix(*shape, seed=12).float()
+    for m, c, found in zip(batch, gram_batch(batch), decompose_batch(batch), strict=True):
+        assert torch.allclose(c, gram(m), rtol=1e-12, atol=1e-12)
+        expected = decompose(m)
+        assert torch.equal(found.energies, expected.energies)
+        assert torch.equal(found.left(3), expected.left(3))
+
+
+def test_the_route_of_accelerators_gives_the_same_spaces() -> None:
+    c = gram_batch(matrix(2, 7, 12, seed=13))
+    for one, found in zip(c, eigenpairs_batch(c), strict=True):
+        expected = eigenpairs(one)
+        assert torch.allclose(found.values, expected.values, rtol=1e-12)
+        assert torch.allclose(
+            found.top(3) @ found.top(3).T, expected.top(3) @ expected.top(3).T, atol=1e-12
+        )
