@@ -13,7 +13,6 @@ header count from the end of the JSON.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,8 @@ from typing import Any, cast
 
 import torch
 
+from realign.checkpoint.rules import Remark, merged, refuse, remark
+from realign.checkpoint.strict_json import depth, strict_json
 from realign.errors import HeaderError
 
 MAX_HEADER = 100_000_000
@@ -50,14 +51,47 @@ DTYPES: Mapping[str, torch.dtype] = {
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 """The types whose tensors can be edited."""
 
-_LOW_BIT = frozenset(
-    ("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F6_E2M3", "F6_E3M2", "F4")
-)
+_LOW_BITS: Mapping[str, int] = {
+    "F8_E4M3": 8,
+    "F8_E5M2": 8,
+    "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8,
+    "F8_E5M2FNUZ": 8,
+    "F6_E2M3": 6,
+    "F6_E3M2": 6,
+    "F4": 4,
+}
+"""Types that the format knows and realign does not edit, with their bits per element."""
 _LONG_NAME = 256
 _HUB_LIMIT = 25_000_000
+_LARGEST = 2**63 - 1
+_DEEPEST = 64
+_PATHS = ("/", "\\", "..")
+_FIELDS = frozenset(("dtype", "shape", "data_offsets"))
 
-_AGAIN = "download or export the file again"
-_RESAVE = "re-save the checkpoint with the safetensors library"
+# What people meet in place of a weight file, by its first bytes.
+_OTHER_KINDS: Sequence[tuple[bytes, str, str]] = (
+    (
+        b"version https://git-lfs",
+        "a Git LFS pointer, not the weights",
+        "fetch the weights: run git lfs pull in the folder",
+    ),
+    (b"GGUF", "a GGUF file", "use the original checkpoint in safetensors"),
+    (
+        b"PK\x03\x04",
+        "a zip archive, as torch.save writes it",
+        "convert it in an isolated environment: load with transformers, then save_pretrained",
+    ),
+    (
+        b"\x80\x02",
+        "a pickle",
+        "convert it in an isolated environment: load with transformers, then save_pretrained",
+    ),
+    (b"<!DOCTYPE", "a web page", "the download went wrong; download the file again"),
+    (b"<html", "a web page", "the download went wrong; download the file again"),
+    (b"\x1f\x8b", "a gzip archive", "unpack it"),
+    (b"\x89HDF", "an HDF5 file", "use the checkpoint in safetensors"),
+)
 
 
 @dataclass(frozen=True)
@@ -91,26 +125,33 @@ class Header:
     file: Path
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    remarks: tuple[str, ...] = ()
+    unusual: tuple[Remark, ...] = ()
     """What is unusual without being wrong."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """`unusual`, as lines."""
+        return merged(self.unusual)
 
 
 def read_header(path: Path) -> Header:
     """Parse the header of one safetensors file.
 
     Raises:
-        HeaderError: the file is truncated, corrupt or ambiguous; the message names the file.
+        HeaderError: the file is truncated, corrupt, ambiguous or of a type that is not read; the
+            message begins with the rule's id and names the file.
     """
     size, raw = _read_raw(path)
     entries = _parse_json(path, raw)
-    remarks = [f"{path}: __metadata__ is null"] if entries.get("__metadata__", 0) is None else []
-    metadata = _parse_metadata(path, entries.pop("__metadata__", {}))
+    metadata = _parse_metadata(path, entries.get("__metadata__", {}))
+    unusual = tuple(_unusual(path, raw, entries))
+    entries.pop("__metadata__", None)
     start = 8 + len(raw)
     tensors = [_parse_entry(path, name, entry, start) for name, entry in entries.items()]
     tensors.sort(key=lambda info: (info.offset, info.nbytes))
     _check_coverage(path, tensors, start, size)
-    remarks += _unusual(path, raw, entries)
-    return Header(path, {info.name: info for info in tensors}, metadata, tuple(remarks))
+    _refuse_low_bit(path, tensors)
+    return Header(path, {info.name: info for info in tensors}, metadata, unusual)
 
 
 def _read_raw(path: Path) -> tuple[int, bytes]:
@@ -119,19 +160,12 @@ def _read_raw(path: Path) -> tuple[int, bytes]:
         with path.open("rb") as stream:
             size = os.fstat(stream.fileno()).st_size
             if size < 8:
-                raise HeaderError(
-                    f"{path} has {size} bytes, fewer than the 8-byte length field", _AGAIN
+                raise refuse(
+                    "RA001", path, f"{size} bytes, fewer than the 8-byte length of its header"
                 )
             (length,) = struct.unpack("<Q", stream.read(8))
-            if length > MAX_HEADER:
-                raise HeaderError(
-                    f"{path}: header length {length} exceeds {MAX_HEADER}, the format's limit",
-                    "the file is corrupt or no safetensors file; " + _AGAIN,
-                )
-            if 8 + length > size:
-                raise HeaderError(
-                    f"{path}: the header needs {8 + length} bytes, the file has {size}", _AGAIN
-                )
+            if length > MAX_HEADER or 8 + length > size:
+                raise _refuse_length(path, length, size)
             return size, stream.read(length)
     except OSError as error:
         raise HeaderError(
@@ -139,63 +173,57 @@ def _read_raw(path: Path) -> tuple[int, bytes]:
         ) from error
 
 
-def _unusual(path: Path, raw: bytes, entries: Mapping[str, Any]) -> Iterator[str]:
+def _refuse_length(path: Path, length: int, size: int) -> HeaderError:
+    with path.open("rb") as stream:
+        begin = stream.read(32)
+    for magic, kind, fix in _OTHER_KINDS:
+        if begin.startswith(magic):
+            return refuse("RA002" if length > MAX_HEADER else "RA004", path, f"it is {kind}", fix)
+    if length > MAX_HEADER:
+        return refuse(
+            "RA002", path, f"header length {length} exceeds {MAX_HEADER}, the format's limit"
+        )
+    return refuse("RA004", path, f"the header needs {8 + length} bytes, the file has {size}")
+
+
+def _unusual(path: Path, raw: bytes, entries: Mapping[str, Any]) -> Iterator[Remark]:
     if len(raw) > _HUB_LIMIT:
-        yield f"{path}: the header has {len(raw)} bytes; the Hub's client refuses to read it"
+        yield remark(
+            "RA003", path, f"the header has {len(raw)} bytes; the Hub's client refuses to read it"
+        )
     if raw.rstrip(b" ")[-1:] != b"}":
-        yield f"{path}: the header is padded with other bytes than blanks"
-    for name, entry in entries.items():
-        if len(name.encode("utf-8")) > _LONG_NAME or not name.isprintable() or "/" in name:
-            yield f"{path}: the tensor name {name[:80]!r} is unusual"
-        if set(entry) != {"dtype", "shape", "data_offsets"}:
-            yield f"{path}: the entry of {name!r} has unknown keys"
-    if not entries:
-        yield f"{path} holds no tensors"
+        yield remark("RA009", path, "the header is padded with other bytes than blanks")
+    if entries.get("__metadata__", 0) is None:
+        yield remark("RA009", path, "__metadata__ is null")
+    tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
+    for name, entry in tensors.items():
+        if isinstance(entry, dict) and set(cast(dict[str, Any], entry)) > _FIELDS:
+            yield remark("RA009", path, f"the entry of {name!r} has unknown keys")
+        if (
+            len(name.encode("utf-8")) > _LONG_NAME
+            or not name.isprintable()
+            or any(part in name for part in _PATHS)
+        ):
+            yield remark("RA018", path, f"the tensor name {name[:80]!r} is unusual")
+    if not tensors:
+        yield remark("RA017", path, "it holds no tensors")
+    elif (8 + len(raw)) % 8:
+        yield remark("RA016", path, "the tensor data do not start on an 8-byte boundary")
 
 
 def _parse_json(path: Path, raw: bytes) -> dict[str, Any]:
     if raw[:1] != b"{":
         found = f"found 0x{raw[:1].hex()}" if raw else "it is empty"
-        raise HeaderError(f"{path}: the header does not start with '{{' ({found})", _RESAVE)
+        raise refuse("RA005", path, f"the header does not start with '{{' ({found})")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise HeaderError(
-            f"{path}: the header is not valid UTF-8 at byte {error.start}", _RESAVE
+        raise refuse(
+            "RA006", path, f"the header is not valid UTF-8 at byte {error.start}"
         ) from None
-    try:
-        header = json.loads(text, object_pairs_hook=lambda pairs: reject_duplicates(path, pairs))
-    except (ValueError, RecursionError) as error:  # ValueError: also a number of too many digits
-        raise HeaderError(f"{path}: the header is not valid JSON: {error}", _RESAVE) from None
+    header = strict_json(path, text, rule="RA007", what="the header")
+    assert isinstance(header, dict), path  # it began with a brace
     return cast(dict[str, Any], header)
-
-
-def reject_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object hook of a strict JSON parser: no key twice, no broken Unicode in a key.
-
-    Raises:
-        HeaderError: names the file `path` and the key.
-    """
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise HeaderError(
-                f"{path}: duplicate key {key!r}: different readers see different tensors",
-                "do not load this file; obtain it again from its author",
-            )
-        if not _is_text(key):
-            raise HeaderError(f"{path}: {key!r} is not valid Unicode", _RESAVE)
-        seen[key] = value
-    return seen
-
-
-def _is_text(text: str) -> bool:
-    """False for halves of surrogate pairs, which JSON can spell and no file can hold."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parse_metadata(path: Path, value: Any) -> Mapping[str, str]:
@@ -204,17 +232,17 @@ def _parse_metadata(path: Path, value: Any) -> Mapping[str, str]:
     if not isinstance(value, dict) or not all(
         isinstance(v, str) for v in cast(dict[str, Any], value).values()
     ):
-        raise HeaderError(f"{path}: __metadata__ must map strings to strings", _RESAVE)
+        raise refuse("RA015", path, "__metadata__ must map strings to strings")
     return cast(dict[str, str], value)
 
 
 def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
 
 
 def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict):
-        raise HeaderError(f"{path}: the entry of {name!r} is not an object", _RESAVE)
+        raise refuse("RA007", path, f"the entry of {name!r} is not an object")
     fields = cast(dict[str, Any], entry)
     dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
     if (
@@ -225,26 +253,27 @@ def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
         or not all(_natural(n) for n in cast(list[Any], offsets))
         or len(cast(list[int], offsets)) != 2
     ):
-        raise HeaderError(f"{path}: {name!r} lacks a proper dtype, shape or data_offsets", _RESAVE)
-    if dtype in _LOW_BIT:
-        raise HeaderError(
-            f"{path}: {name!r} is stored as {dtype}: quantised weights cannot be edited",
-            "use the unquantised checkpoint in float32, float16 or bfloat16",
-        )
-    if dtype not in DTYPES:
-        raise HeaderError(
-            f"{path}: {name!r} has the unknown type {dtype!r}",
-            "upgrade realign or convert the file",
-        )
+        raise refuse("RA007", path, f"{name!r} lacks a proper dtype, shape or data_offsets")
+    if set(fields) > _FIELDS and depth(fields) > _DEEPEST:  # some readers give up, some do not
+        raise refuse("RA007", path, f"the entry of {name!r} is nested too deeply")
+    bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _LOW_BITS.get(dtype)
+    if bits is None:
+        raise refuse("RA010", path, f"{name!r} has the unknown type {dtype!r}")
     sizes, (begin, end) = tuple(cast(list[int], shape)), cast(list[int], offsets)
-    want = prod(sizes) * DTYPES[dtype].itemsize
-    if end - begin != want:
-        raise HeaderError(
-            f"{path}: {name!r} needs {want} bytes for {dtype} {list(sizes)}, "
-            f"its offsets give {end - begin}",
-            _RESAVE,
+    # An empty tensor may have sides so long that other readers overflow before they meet the zero.
+    if prod(max(n, 1) for n in sizes) * bits > _LARGEST:
+        raise refuse("RA011", path, f"{name!r}: the size of {dtype} {list(sizes)} overflows")
+    total = prod(sizes) * bits
+    if total % 8:
+        raise refuse("RA011", path, f"{name!r}: {dtype} {list(sizes)} is no whole number of bytes")
+    if end - begin != total // 8:
+        raise refuse(
+            "RA011",
+            path,
+            f"{name!r} needs {total // 8} bytes for {dtype} {list(sizes)}, its offsets give "
+            f"{end - begin}",
         )
-    return TensorInfo(name, dtype, sizes, path, start + begin, want)
+    return TensorInfo(name, dtype, sizes, path, start + begin, total // 8)
 
 
 def _check_coverage(path: Path, tensors: Sequence[TensorInfo], start: int, size: int) -> None:
@@ -253,15 +282,22 @@ def _check_coverage(path: Path, tensors: Sequence[TensorInfo], start: int, size:
         if info.offset != position:
             what = "are unused" if info.offset > position else "overlap"
             low, high = sorted((position, info.offset))
-            raise HeaderError(f"{path}: bytes {low}..{high} {what} at {info.name!r}", _RESAVE)
+            raise refuse("RA012", path, f"bytes {low}..{high} {what} at {info.name!r}")
         position = info.offset + info.nbytes
     if position > size:
-        raise HeaderError(
-            f"{path} is truncated: its last tensor ends at {position}, the file at {size}",
-            "resume or repeat the download",
+        raise refuse(
+            "RA013", path, f"truncated: its last tensor ends at {position}, the file at {size}"
         )
     if position < size:
-        raise HeaderError(
-            f"{path}: {size - position} bytes after the last tensor",
-            "do not distribute this file; " + _RESAVE,
-        )
+        raise refuse("RA014", path, f"{size - position} bytes after the last tensor")
+
+
+def _refuse_low_bit(path: Path, tensors: Sequence[TensorInfo]) -> None:
+    """After the container's own rules: what is corrupt is called so, whatever its types."""
+    for info in tensors:
+        if info.dtype in _LOW_BITS:
+            raise refuse(
+                "RA035",
+                path,
+                f"{info.name!r} is stored as {info.dtype}: quantised weights cannot be edited",
+            )

@@ -8,21 +8,30 @@ huggingface_hub (HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE, ...) mean what 
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, cast
 
+from realign.checkpoint.formats import no_weights, refuse_quantised_config, what_a_file_is
 from realign.checkpoint.reference import Reference
+from realign.checkpoint.rules import refuse
 from realign.checkpoint.sidecars import TEMPLATE_FOLDER, travels
+from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE, read_index
 from realign.errors import CheckpointError, NotFoundError
 from realign.progress import SILENT, Progress, Task
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-_SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
+_SHARD = re.compile(r"(?!consolidated|adapter_model)[^/]+\.safetensors")
 _SMALL = frozenset((".json", ".jinja", ".model", ".txt", ".py", ".md", ".tiktoken", ""))
+_DISK = frozenset(
+    (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+)
 _TRUE = frozenset(("1", "ON", "YES", "TRUE"))
 
 
@@ -61,9 +70,7 @@ def resolve(
     if reference.is_local:
         folder = Path(reference.model).expanduser()
         if not folder.is_dir():
-            raise CheckpointError(
-                f"{reference.text} is a file, not a model folder", _advice(folder)
-            )
+            raise CheckpointError(*what_a_file_is(folder))
         return Resolved(folder, None, reference.text)
     at = f"{reference.model}@{reference.revision}" if reference.revision else reference.model
     try:
@@ -78,14 +85,6 @@ def resolve(
         raise NotFoundError(f"{at} has no folder {reference.subfolder}", "check the subfolder")
     # The name of a snapshot folder is its commit: this is how an offline run learns it.
     return Resolved(folder, found.name, reference.text)
-
-
-def _advice(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return "GGUF is quantised: use the original checkpoint, and convert after the repair"
-    if path.suffix in {".bin", ".pt", ".pth", ".ckpt"}:
-        return "realign never unpickles: give a folder with safetensors weights"
-    return f"give the folder that holds it: {path.parent}"
 
 
 def cache_folder() -> str | None:
@@ -128,25 +127,31 @@ def _download(reference: Reference, progress: Progress) -> Path:
     if not wanted.weights:
         raise CheckpointError(*_no_weights(reference, sizes))
     progress.note(f"{reference.text}: commit {commit}")
-    with progress.task(
-        f"fetch {reference.model}", total=sum(sizes[name] for name in wanted.all), unit="B"
-    ) as task:
-        places = [
-            Path(
-                hf_hub_download(
-                    reference.model,
-                    name,
-                    revision=commit,
-                    cache_dir=cache,
-                    endpoint=endpoint,
-                    library_name="realign",
-                    tqdm_class=_bar(task),
+
+    def fetch(names: Sequence[str], what: str) -> Path:
+        with progress.task(what, total=sum(sizes[name] for name in names), unit="B") as task:
+            places = [
+                Path(
+                    hf_hub_download(
+                        reference.model,
+                        name,
+                        revision=commit,
+                        cache_dir=cache,
+                        endpoint=endpoint,
+                        library_name="realign",
+                        tqdm_class=_bar(task),
+                    )
                 )
-            )
-            for name in wanted.all
-        ]
-    # Every file lies in the snapshot under its own relative name.
-    snapshot = places[0].parents[len(PurePosixPath(wanted.all[0]).parts) - 1]
+                for name in names
+            ]
+        # Every file lies in the snapshot under its own relative name.
+        return places[0].parents[len(PurePosixPath(names[0]).parts) - 1]
+
+    weights = wanted.weights
+    if wanted.others:
+        snapshot = fetch(wanted.others, f"fetch {reference.model}: small files")
+        weights = _settle(snapshot, wanted, sizes, reference)
+    snapshot = fetch(weights, f"fetch {reference.model}")
     if reference.revision != commit:
         # The client notes where a branch points only when asked by branch; we ask by commit, and
         # without the note a later run could not find the branch offline.
@@ -178,6 +183,34 @@ def _bar(task: Task) -> Any:
     return Bar
 
 
+def _settle(
+    snapshot: Path, wanted: Wanted, names: Iterable[str], reference: Reference
+) -> tuple[str, ...]:
+    """The weights to fetch, now that config and index are here; refuses what they rule out."""
+    sub = reference.subfolder
+    folder, prefix = (snapshot / sub, f"{sub}/") if sub else (snapshot, "")
+    config: Any = None
+    with suppress(OSError, ValueError, RecursionError):  # the reader says what is wrong with it
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+    if not isinstance(config, dict):
+        return wanted.weights
+    config = cast(dict[str, Any], config)
+    refuse_quantised_config(folder, config)
+    named = config.get("transformers_weights")
+    index = named if isinstance(named, str) else INDEX_FILE
+    if isinstance(named, str) and named.endswith(".safetensors") and prefix + named in names:
+        return (prefix + named,)
+    if SINGLE_FILE in {name.removeprefix(prefix) for name in wanted.weights}:
+        return wanted.weights
+    if not (folder / index).is_file():
+        return wanted.weights
+    files = sorted(set(read_index(folder / index)[0].values()))
+    for file in files:
+        if prefix + file not in names:
+            raise refuse("RA021", folder / index, f"it names {file}, which {reference.text} lacks")
+    return tuple(prefix + file for file in files)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """The files of a repository that are fetched."""
@@ -200,10 +233,10 @@ def wanted_files(names: Iterable[str], subfolder: str | None = None) -> Wanted:
         for short, name in here.items()
         if _is_small(PurePosixPath(short)) or short in {"adapter_config.json"}
     ]
-    if "model.safetensors" in here:
-        weights = ["model.safetensors"]
-    elif "model.safetensors.index.json" in here:
-        small.append(here["model.safetensors.index.json"])
+    if SINGLE_FILE in here:
+        weights = [SINGLE_FILE]
+    elif INDEX_FILE in here:
+        small.append(here[INDEX_FILE])
         weights = [short for short in here if _SHARD.fullmatch(short)]
     else:
         weights = [short for short in here if short == "adapter_model.safetensors"]
@@ -218,19 +251,10 @@ def _is_small(path: PurePosixPath) -> bool:
 def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:
     place = PurePosixPath(reference.subfolder or "")
     paths = [PurePosixPath(name) for name in names]
-    suffixes = {path.suffix for path in paths if path.parent == place}
     folders = sorted({str(p.parent) for p in paths if p.suffix == ".safetensors"} - {str(place)})
-    if ".gguf" in suffixes:
-        return (
-            f"{reference.text} holds GGUF weights, which are quantised",
-            "use the original repository in safetensors (see base_model on its card)",
-        )
-    if suffixes & {".bin", ".pt", ".pth", ".ckpt"}:
-        return (
-            f"{reference.text} holds only pickle weights; realign never unpickles",
-            "look for a safetensors revision (such as refs/pr/1), or convert it in an isolated "
-            "environment",
-        )
+    known = no_weights(reference.text, [path.name for path in paths if path.parent == place])
+    if known is not None:
+        return known
     if folders:
         return (
             f"{reference.text} holds no safetensors weights at its top",
@@ -285,6 +309,17 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
         return NotFoundError(
             f"the Hub answered HTTP {code} for {at}: {_first_line(error)}",
             "try again later, or download the model elsewhere and give its folder",
+        )
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return CheckpointError(
+            f"{at} cannot be stored in the Hub's cache: {error.strerror} "
+            f"({error.filename or cache_folder() or 'the default place'})",
+            "free some space, or set HF_HOME to a folder on another disk",
+        )
+    if isinstance(error, OSError) and "onsistency check" in str(error):
+        return CheckpointError(
+            f"the download of {at} is incomplete: {_first_line(error)}",
+            "run the same command again: it fetches what is missing",
         )
     return NotFoundError(
         f"the Hub cannot be reached for {at}: {_first_line(error)}",

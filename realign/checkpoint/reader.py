@@ -17,6 +17,7 @@ from typing import Any, Literal, Self, cast
 
 from torch import Tensor
 
+from realign.checkpoint.formats import refuse_quantised_config
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.hub import resolve
 from realign.checkpoint.manifest import sha256_file
@@ -95,9 +96,9 @@ class FolderCheckpoint(Checkpoint):
         """
         self.source, self.folder, self.commit, self.kind = source, folder, commit, "full"
         self.config = read_config(folder)
-        _refuse_quantised(folder, self.config)
-        weights, tensors = read_tensors(folder, self.config)
-        self.weight_files, self.remarks = weights.files, weights.remarks
+        refuse_quantised_config(folder, self.config)
+        weights, tensors, self.remarks = read_tensors(folder, self.config)
+        self.weight_files = weights.files
         self._files = TensorFiles()
         self._says_more: Mapping[str, Any] = {}
         self.tensors = MappingProxyType(self._without_tied_copy(dict(tensors)))
@@ -199,20 +200,6 @@ def read_json_object(path: Path) -> Mapping[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} does not hold a JSON object", "restore the file")
     return MappingProxyType(cast(dict[str, Any], value))
-
-
-def _refuse_quantised(folder: Path, config: Mapping[str, Any]) -> None:
-    nested = config.get("text_config")
-    for each in (config, cast(Any, nested) if isinstance(nested, Mapping) else {}):
-        for key in ("quantization_config", "compression_config", "quantization"):
-            found = each.get(key)
-            if found:
-                method = found.get("quant_method", key) if isinstance(found, Mapping) else key
-                raise CheckpointError(
-                    f"{folder} is quantised ({method}); its weights cannot be edited",
-                    "use the unquantised checkpoint (float32, float16 or bfloat16), and quantise "
-                    "the repaired one",
-                )
 
 
 def open_checkpoint(

@@ -1,26 +1,28 @@
 """Which files of a model folder hold its weights, and all their tensors by name.
 
 The choice is that of transformers: the file that the config names, `model.safetensors`, then the
-index. Pickle files are never looked into. Not here: the container itself (`headers`).
+index. Pickle files are never looked into. Not here: the container itself (`headers`), what is said
+of weights in other formats (`formats`).
 """
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from realign.checkpoint.headers import TensorInfo, read_header, reject_duplicates
+from realign.checkpoint.formats import is_foreign, no_weights, refuse_quantised_tensors
+from realign.checkpoint.headers import TensorInfo, read_header
+from realign.checkpoint.rules import Remark, merged, refuse, remark
+from realign.checkpoint.strict_json import strict_json
 from realign.errors import HeaderError, NotFoundError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
-_NUMBERED = re.compile(r"-(\d{5})-of-(\d{5})\.safetensors$")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,15 @@ class WeightFiles:
     index: Path | None
     weight_map: Mapping[str, str] | None
     """Tensor name to file name, from the index."""
-    remarks: tuple[str, ...] = ()
+    total_size: int | None = None
+    """Bytes of all tensors, as the index says."""
+    unusual: tuple[Remark, ...] = ()
     """What is unusual without being wrong."""
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """`unusual`, as lines."""
+        return merged(self.unusual)
 
 
 def find_weights(folder: Path, config: Mapping[str, Any] | None = None) -> WeightFiles:
@@ -48,65 +57,118 @@ def find_weights(folder: Path, config: Mapping[str, Any] | None = None) -> Weigh
     """
     named = (config or {}).get("transformers_weights")
     if isinstance(named, str):
-        _check_inside(folder / "config.json", named)
+        check_inside(folder / "config.json", named)
         if named.endswith(".safetensors") and (folder / named).is_file():
-            return WeightFiles((folder / named,), None, None)
-        raise NotFoundError(
-            f"{folder / 'config.json'} names the weights {named}, which realign cannot read",
-            f"provide them as {SINGLE_FILE} or as shards with {INDEX_FILE}",
-        )
-    index = folder / INDEX_FILE
-    if (folder / SINGLE_FILE).is_file():
-        remarks = (f"{index} is ignored: {SINGLE_FILE} comes first",) if index.is_file() else ()
-        return WeightFiles((folder / SINGLE_FILE,), None, None, remarks)
-    if not index.is_file():
-        raise NotFoundError(*why_no_weights(folder))
-    weight_map = _read_weight_map(index)
-    files = tuple(folder / name for name in sorted(set(weight_map.values())))
-    for file in files:
-        if not file.is_file():
-            raise HeaderError(
-                f"{index} names {file.name}, which is missing",
-                "download the missing shard, or rebuild the index",
+            return _one(folder, named)
+        if not named.endswith(".safetensors.index.json"):
+            raise NotFoundError(
+                f"{folder / 'config.json'} names the weights {named}, which realign cannot read",
+                f"provide them as {SINGLE_FILE} or as shards with {INDEX_FILE}",
             )
-    return WeightFiles(files, index, weight_map, tuple(_left_over(folder, files)))
+        return _sharded(folder, folder / named)
+    if (folder / SINGLE_FILE).is_file():
+        return _one(folder, SINGLE_FILE)
+    if not (folder / INDEX_FILE).is_file():
+        raise NotFoundError(*why_no_weights(folder))
+    return _sharded(folder, folder / INDEX_FILE)
 
 
-def _left_over(folder: Path, files: tuple[Path, ...]) -> Iterator[str]:
-    named = {file.name for file in files}
-    for path in sorted(folder.glob("model*.safetensors")):
-        if path.name not in named:
-            yield f"{path} is not in the index and is ignored"
+def _one(folder: Path, name: str) -> WeightFiles:
+    return WeightFiles((folder / name,), None, None, unusual=tuple(_ignored(folder, [name])))
 
 
-def _read_weight_map(index: Path) -> dict[str, str]:
-    try:
-        value = json.loads(
-            index.read_text("utf-8"),
-            object_pairs_hook=lambda pairs: reject_duplicates(index, pairs),
+def _sharded(folder: Path, index: Path) -> WeightFiles:
+    if not index.is_file():
+        raise NotFoundError(f"{index} is missing", "download the index, or save the model again")
+    weight_map, total_size = read_index(index)
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if not (folder / name).is_file():
+            raise refuse("RA021", index, f"it names {name}, which is missing")
+    _check_numbering(index, names)
+    unusual = tuple(_ignored(folder, [index.name, *names]))
+    return WeightFiles(tuple(folder / n for n in names), index, weight_map, total_size, unusual)
+
+
+def _ignored(folder: Path, chosen: Sequence[str]) -> Iterator[Remark]:
+    """What a folder holds beside the weights that are read."""
+    others: list[str] = []
+    for path in sorted(folder.iterdir()):
+        name = path.name
+        if name in chosen or name.startswith(("adapter_model", ".")):
+            continue
+        if name.endswith(".safetensors"):
+            if len(chosen) > 1 and name != SINGLE_FILE and not name.startswith("consolidated"):
+                yield remark("RA025", path, "it is not in the index and is ignored")
+            else:
+                others.append(name)
+        elif name == INDEX_FILE or is_foreign(name):
+            others.append(name)
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        yield remark(
+            "RA027",
+            folder,
+            f"several sets of weights: {chosen[0]} is read, {', '.join(others[:3])}{more} ignored",
         )
-    except (ValueError, RecursionError) as error:
-        raise HeaderError(f"{index} is not valid JSON: {error}", "rebuild the index") from None
+
+
+def read_index(index: Path) -> tuple[dict[str, str], int | None]:
+    """An index file: tensor name to file name, and `total_size` where it is given.
+
+    Raises:
+        HeaderError: it is malformed, or names a file outside the folder.
+    """
+    try:
+        text = index.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise refuse("RA020", index, f"the index is not valid UTF-8: {error.reason}") from None
+    except OSError as error:
+        raise HeaderError(
+            f"{index} cannot be read: {error.strerror or error}", "check the file and its rights"
+        ) from error
+    value = strict_json(index, text, rule="RA020", what="the index")
     weight_map = cast(dict[str, Any], value).get("weight_map") if isinstance(value, dict) else None
     if (
         not isinstance(weight_map, dict)
         or not weight_map
         or not all(isinstance(v, str) for v in cast(dict[str, Any], weight_map).values())
     ):
-        raise HeaderError(
-            f"{index} has no weight_map of tensor names to files", "rebuild the index"
-        )
+        raise refuse("RA020", index, "the index has no weight_map of tensor names to files")
     named = cast(dict[str, str], weight_map)
     for name in named.values():
-        _check_inside(index, name)
-    return named
+        check_inside(index, name)
+        if not name.endswith(".safetensors"):
+            raise refuse("RA020", index, f"it names {name!r}, which is no safetensors file")
+    metadata = cast(dict[str, Any], value).get("metadata")
+    total = cast(dict[str, Any], metadata).get("total_size") if isinstance(metadata, dict) else None
+    return named, int(total) if isinstance(total, (int, float)) else None
 
 
-def _check_inside(source: Path, name: str) -> None:
-    if name in {"", ".", ".."} or "/" in name or "\\" in name or "\0" in name:
-        raise HeaderError(
-            f"{source}: {name!r} is no file name inside the folder", "do not load this checkpoint"
-        )
+def check_inside(source: Path, name: str) -> None:
+    """Check that a name read from a file stays in its folder.
+
+    Raises:
+        HeaderError: it would lead elsewhere, or is no name.
+    """
+    if name in {"", ".", ".."} or not name.isprintable() or "/" in name or "\\" in name:
+        raise refuse("RA028", source, f"{name!r} is no file name inside the folder")
+
+
+def _check_numbering(index: Path, names: Sequence[str]) -> None:
+    found = [match for match in map(_NUMBERED.search, names) if match is not None]
+    totals = sorted({int(match[2]) for match in found})
+    if len(totals) > 1:
+        said = " and ".join(f"{total} files" for total in totals)
+        raise refuse("RA026", index, f"it mixes weights of {said}")
+    if not found:
+        return
+    numbers, total = {int(match[1]) for match in found}, totals[0]
+    first = 0 if 0 in numbers else 1
+    missing = sorted(set(range(first, first + total)) - numbers)
+    if missing:
+        some = ", ".join(map(str, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise refuse("RA026", index, f"of {total} weight files it does not name number {some}")
 
 
 def why_no_weights(folder: Path) -> tuple[str, str]:
@@ -114,17 +176,9 @@ def why_no_weights(folder: Path) -> tuple[str, str]:
     names = sorted(path.name for path in folder.iterdir())
     if not names:
         return f"{folder} is empty", "give the folder that holds config.json and the weights"
-    if any(name.endswith(".gguf") for name in names):
-        return (
-            f"{folder} holds GGUF weights, which are quantised",
-            "use the original checkpoint in safetensors, and convert to GGUF after the repair",
-        )
-    if any(name.endswith(_PICKLES) for name in names):
-        return (
-            f"{folder} holds only pickle weights; realign never unpickles",
-            "convert them in an isolated environment: load with transformers, then "
-            "model.save_pretrained(FOLDER), which writes safetensors",
-        )
+    known = no_weights(str(folder), names)
+    if known is not None:
+        return known
     stray = [n for n in names if n.endswith(".safetensors") and not n.startswith("adapter_model")]
     if stray and all(_NUMBERED.search(name) for name in stray):
         total = int(cast(re.Match[str], _NUMBERED.search(stray[0]))[2])
@@ -151,44 +205,51 @@ def why_no_weights(folder: Path) -> tuple[str, str]:
 
 def read_tensors(
     folder: Path, config: Mapping[str, Any] | None = None
-) -> tuple[WeightFiles, Mapping[str, TensorInfo]]:
-    """All tensors of a model folder, by name, with the files that hold them.
+) -> tuple[WeightFiles, Mapping[str, TensorInfo], tuple[str, ...]]:
+    """All tensors of a model folder, by name, with the files that hold them, and what is unusual.
 
     Raises:
         NotFoundError, HeaderError: as `find_weights` and `read_header`; also when a tensor stands
             in two files, or the index and the files disagree.
+        CheckpointError: the tensors are quantised.
     """
     weights = find_weights(folder, config)
     tensors: dict[str, TensorInfo] = {}
-    remarks = list(weights.remarks)
+    unusual = list(weights.unusual)
     for file in weights.files:
         header = read_header(file)
-        remarks += header.remarks
+        unusual += header.unusual
         for name, info in header.tensors.items():
             if name in tensors:
-                raise HeaderError(
-                    f"{name!r} stands in {tensors[name].file.name} and in {file.name} of {folder}",
-                    "delete the stale shard",
-                )
+                raise refuse("RA023", file, f"{name!r} stands also in {tensors[name].file.name}")
             tensors[name] = info
     if not tensors:
         raise HeaderError(f"{folder}: the weight files hold no tensors", "check the export")
-    if weights.weight_map is not None:
-        remarks += _check_index(folder, weights.weight_map, tensors)
-    return replace(weights, remarks=tuple(remarks)), tensors
+    if weights.index is not None and weights.weight_map is not None:
+        unusual += _check_index(weights.index, weights.weight_map, tensors)
+        held = sum(info.nbytes for info in tensors.values())
+        if weights.total_size not in (None, held):
+            unusual.append(
+                remark(
+                    "RA029",
+                    weights.index,
+                    f"total_size {weights.total_size} is not the {held} bytes of the tensors",
+                )
+            )
+    refuse_quantised_tensors(folder, tensors)
+    return weights, tensors, merged(unusual)
 
 
 def _check_index(
-    folder: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
-) -> list[str]:
+    index: Path, weight_map: Mapping[str, str], tensors: Mapping[str, TensorInfo]
+) -> list[Remark]:
     for name, file in weight_map.items():
         if name not in tensors or tensors[name].file.name != file:
-            raise HeaderError(
-                f"{folder / INDEX_FILE} places {name!r} in {file}, which does not contain it",
-                "rebuild the index",
-            )
+            raise refuse("RA022", index, f"it places {name!r} in {file}, which does not contain it")
     extra = sorted(set(tensors) - set(weight_map))
     if not extra:
         return []
     # Loaders read the shards whole, so these tensors are part of the model.
-    return [f"{folder}: {len(extra)} tensors are not in the index (first: {extra[0]!r})"]
+    return [
+        remark("RA024", index, f"{len(extra)} tensors are not in the index (first: {extra[0]!r})")
+    ]

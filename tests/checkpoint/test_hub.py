@@ -54,6 +54,38 @@ def sharded() -> dict[str, bytes]:
     return files
 
 
+def renamed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """The same with shards that bear no number, and a file that belongs to none."""
+    text = files["model.safetensors.index.json"].decode()
+    for i, name in enumerate(("left", "right"), start=1):
+        old = f"model-0000{i}-of-00002.safetensors"
+        files[f"{name}.safetensors"] = files.pop(old)
+        text = text.replace(old, f"{name}.safetensors")
+    files["stray.safetensors"] = b"not fetched"
+    return {**files, "model.safetensors.index.json": text.encode()}
+
+
+def named_by_config() -> dict[str, bytes]:
+    config = json.dumps({**LLAMA, "transformers_weights": "other.safetensors"}).encode()
+    return {
+        **single(),
+        "config.json": config,
+        "other.safetensors": save(TENSORS),
+        "model.safetensors": b"not fetched",
+    }
+
+
+def without_a_shard() -> dict[str, bytes]:
+    files = sharded()
+    del files["model-00002-of-00002.safetensors"]
+    return files
+
+
+def quantised() -> dict[str, bytes]:
+    config = {**LLAMA, "quantization_config": {"quant_method": "fp8"}}
+    return {**sharded(), "config.json": json.dumps(config).encode()}
+
+
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     content = Hub(
@@ -66,6 +98,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             "org/pickle": Repository(
                 {NEW: {"config.json": b"{}", "pytorch_model.bin": b""}}, {"main": NEW}
             ),
+            "org/odd": Repository({NEW: renamed(sharded())}, {"main": NEW}),
+            "org/named": Repository({NEW: named_by_config()}, {"main": NEW}),
+            "org/hole": Repository({NEW: without_a_shard()}, {"main": NEW}),
+            "org/fp8": Repository({NEW: quantised()}, {"main": NEW}),
             "org/nested": Repository(
                 {NEW: {f"sub/{name}": data for name, data in single().items()}}, {"main": NEW}
             ),
@@ -111,6 +147,41 @@ def test_shards(hub: Hub) -> None:
     with open_checkpoint("org/many") as checkpoint:
         assert set(checkpoint.tensors) == set(TENSORS)
         assert len(checkpoint.weight_files) == 2
+
+
+@pytest.mark.parametrize("name", ["org/odd", "org/named"])
+def test_weights_under_other_names(hub: Hub, name: str) -> None:
+    with open_checkpoint(name) as checkpoint:
+        assert set(checkpoint.tensors) == set(TENSORS)
+    assert not [r for r in hub.requests if "stray" in r or r.endswith("/model.safetensors")]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"), [("org/hole", "RA021"), ("org/fp8", "FineGrainedFP8Config")]
+)
+def test_what_small_files_rule_out_is_refused_before_weights_are_fetched(
+    hub: Hub, name: str, says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(name)
+    assert not [r for r in hub.requests if r.endswith(".safetensors")]
+
+
+def test_a_cache_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file, where the cache's folder must be")
+    with pytest.raises(CheckpointError, match="cannot be stored in the Hub's cache") as caught:
+        open_checkpoint("org/one")
+    assert "HF_HOME" in caught.value.hint
+
+
+def test_a_download_that_breaks_off(hub: Hub) -> None:
+    hub.cut = "model.safetensors"
+    with pytest.raises(CheckpointError, match="org/one") as caught:
+        open_checkpoint("org/one")
+    assert caught.value.hint
+    hub.cut = ""
+    with open_checkpoint("org/one") as checkpoint:
+        assert set(checkpoint.tensors) == set(TENSORS)
 
 
 def test_a_folder_in_a_repository(hub: Hub) -> None:
@@ -181,6 +252,6 @@ def test_the_weights_that_a_loader_would_take() -> None:
     both = ["model.safetensors", "model.safetensors.index.json", *shards]
     assert wanted_files(both).weights == ("model.safetensors",)
     index = "model.safetensors.index.json"
-    assert wanted_files([index, *shards, "x.safetensors"]).all == (index, *shards)
+    assert wanted_files([index, *shards, "consolidated.safetensors"]).all == (index, *shards)
     adapter = ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"]
     assert wanted_files(adapter).all == ("adapter_config.json", "adapter_model.safetensors")

@@ -101,22 +101,6 @@ def test_hashes_name_every_file_that_matters(folder: Path) -> None:
         assert digest == hashlib.sha256((folder / name).read_bytes()).hexdigest()
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        {"quantization_config": {"quant_method": "bitsandbytes"}},
-        {"quantization": {"group_size": 64, "bits": 4}},
-        {"text_config": {"quantization_config": {"quant_method": "fp8"}}},
-    ],
-)
-def test_quantised_checkpoints_are_refused(tmp_path: Path, changes: dict[str, object]) -> None:
-    write_model(tmp_path, TENSORS, config={**LLAMA, **changes})
-    with pytest.raises(CheckpointError, match="is quantised") as caught:
-        open_checkpoint(tmp_path)
-    assert "unquantised" in caught.value.hint
-
-
 @pytest.mark.parametrize("text", ["", "{", "[1]", '"x"', "\ufeff{}x"])
 def test_a_config_that_is_no_json_object(folder: Path, text: str) -> None:
     (folder / "config.json").write_text(text, encoding="utf-8")

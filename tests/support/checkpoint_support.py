@@ -67,7 +67,8 @@ def write_model(
         file = f"model-{i:05}-of-{len(shards):05}.safetensors"
         save_file({n: tensors[n] for n in names}, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(names, file))
-    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    total = sum(tensors[name].nbytes for name in weight_map)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
 

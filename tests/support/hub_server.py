@@ -36,6 +36,8 @@ class Hub:
     requests: list[str] = field(default_factory=list)
     broken: int | None = None
     """Answer everything with this status."""
+    cut: str = ""
+    """Break off in the middle of files of this name."""
     url: str = ""
 
 
@@ -96,7 +98,17 @@ def serve(hub: Hub) -> Iterator[Hub]:
                 return self.fail(404, "EntryNotFound", {"X-Repo-Commit": commit})
             etag = hashlib.sha256(data).hexdigest()
             headers = {"X-Repo-Commit": commit, "ETag": f'"{etag}"'}
+            if body and hub.cut and file.endswith(hub.cut):
+                return self.break_off(data, headers)
             return self.send(data, "application/octet-stream", body, headers)
+
+        def break_off(self, data: bytes, headers: dict[str, str]) -> None:
+            self.send_response(200)
+            for key, value in {**headers, "Content-Length": str(len(data))}.items():
+                self.send_header(key, value)
+            self.end_headers()
+            self.wfile.write(data[: len(data) // 2])
+            self.close_connection = True
 
         def send(self, data: bytes, kind: str, body: bool, headers: dict[str, str]) -> None:
             self.send_response(200)
