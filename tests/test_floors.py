@@ -21,6 +21,7 @@ FLOORS: dict[str, int] = {
     "subspace": 1,
     "model": 2,
     "audit": 3,
+    "diff": 3,
     "repair": 4,
     "lab": 5,
     "report": 5,
