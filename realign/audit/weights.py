@@ -15,6 +15,7 @@ from torch import Tensor
 
 from realign.audit.schema import Role, WeightGroup, WeightRow, Weights
 from realign.checkpoint.headers import FLOATS
+from realign.checkpoint.layouts import conform
 from realign.checkpoint.names import TensorRole, classify
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix, slots_of, stored_rows
@@ -51,7 +52,7 @@ def measure_weights(
     spectra: bool = True,
     progress: Progress = SILENT,
 ) -> Weights:
-    """The drift of every subject from the reference, matched by tensor name.
+    """The drift of every subject from the reference, matched by tensor name, layouts apart.
 
     Args:
         reference: the aligned model.
@@ -69,7 +70,16 @@ def measure_weights(
     """
     assert subjects, "no model to compare with the reference"
     groups = tuple(
-        _group(role, _Trio(reference, subject, base), spectra=spectra, progress=progress)
+        _group(
+            role,
+            _Trio(
+                conform(reference, subject),
+                subject,
+                None if base is None else conform(base, subject),
+            ),
+            spectra=spectra,
+            progress=progress,
+        )
         for role, subject in subjects.items()
     )
     first = groups[0]

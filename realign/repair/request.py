@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from realign.checkpoint.layouts import conform
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.progress import SILENT, Progress
 from realign.repair.method import Method
@@ -105,7 +106,7 @@ def open_inputs(request: RepairRequest, *, progress: Progress = SILENT) -> Gener
     """Open every checkpoint the request names, and close them at the end.
 
     An adapter given as the fine-tune stands on the aligned model, unless it is written
-    BASE+ADAPTER.
+    BASE+ADAPTER. The others are shown in the fine-tune's layout (see `layouts.conform`).
 
     Raises:
         NotFoundError, HeaderError: a checkpoint that is not there or cannot be read.
@@ -124,4 +125,4 @@ def open_inputs(request: RepairRequest, *, progress: Progress = SILENT) -> Gener
                 progress=progress,
             )
         )
-        yield Inputs(finetuned, others)
+        yield Inputs(finetuned, {role: conform(each, finetuned) for role, each in others.items()})

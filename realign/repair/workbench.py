@@ -20,6 +20,7 @@ from realign._version import __version__
 from realign.audit.canonical import sha256_json
 from realign.audit.judges import keyword_judge
 from realign.audit.suites import Suite
+from realign.checkpoint.layouts import locate, original
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import slot_shape
 from realign.errors import CheckpointError, ModelError, OutputError, SuiteError
@@ -84,8 +85,11 @@ class ModelWorkbench:
             SuiteError: fewer than 16 anchors are refused.
             ModelError: the checkpoint cannot be run or has no chat template.
         """
-        checkpoint = self._inputs.all()[role]
-        requests = moment_requests(self._plan, self._inputs.finetuned, standardize=standardize)
+        shown = self._inputs.all()[role]
+        checkpoint = original(shown)
+        requests = moment_requests(
+            self._plan, self._inputs.finetuned, running=shown, standardize=standardize
+        )
         about = self._about(checkpoint) | {"tokens": tokens, "standardize": standardize}
         wanted = {key: vars(each) for key, each in requests.items()}
         identity = sha256_json({**about, "requests": wanted})
@@ -201,20 +205,24 @@ class ModelWorkbench:
 
 
 def moment_requests(
-    plan: Plan, finetuned: Checkpoint, *, standardize: str
+    plan: Plan, finetuned: Checkpoint, *, running: Checkpoint, standardize: str
 ) -> dict[str, MomentRequest]:
-    """What to collect for every matrix of the plan: the smaller side's moments."""
+    """What to collect for every matrix of the plan: the smaller side's moments.
+
+    Modules are those of the model that runs, which may be stored in another layout.
+    """
     requests: dict[str, MomentRequest] = {}
     for pair in plan.edits:
         for slot in pair.slots:
             shape = finetuned.tensors[slot.tensor].shape
             d_out, d_in = slot_shape(shape, slot)
             kind = "output" if d_out <= d_in else "input"
+            place = locate(running, slot)
             requests[slot.key] = MomentRequest(
                 kind="token" if standardize == "token" else kind,
-                module_path=slot.tensor.removesuffix(".weight"),
-                rows=slot.rows,
-                transposed=slot.transposed,
+                module_path=place.tensor.removesuffix(".weight"),
+                rows=place.rows,
+                transposed=place.transposed,
             )
     return requests
 

@@ -92,9 +92,9 @@ def make_trio(
     torch.manual_seed(7)
     model = transformers.AutoModelForCausalLM.from_config(CONFIGS[arch]())
     base = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    aligned = _drift(base, seed=11, size=size)
-    unaligned = _drift(aligned, seed=13, size=size / 2)
-    finetuned = _drift(aligned, seed=17, size=size)
+    aligned = drift(base, seed=11, size=size)
+    unaligned = drift(aligned, seed=13, size=size / 2)
+    finetuned = drift(aligned, seed=17, size=size)
     trio = Trio(folder / "base", folder / "aligned", folder / "unaligned", folder / "finetuned")
     for path, state in (
         (trio.base, base),
@@ -108,7 +108,8 @@ def make_trio(
     return trio
 
 
-def _drift(state: Mapping[str, Tensor], *, seed: int, size: float) -> dict[str, Tensor]:
+def drift(state: Mapping[str, Tensor], *, seed: int, size: float) -> dict[str, Tensor]:
+    """Every tensor moved by noise, matrices also in a direction of rank 2; ties stay ties."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
