@@ -161,8 +161,11 @@ class LayoutView(Checkpoint):
         """Rows [start, stop) of a logical matrix of `inner`."""
         shape = self.inner.tensors[source.tensor].shape
         first, last = stored_rows(source, shape)
-        if source.expert is None and not source.transposed:
-            return self.inner.read(source.tensor, (first + start, first + stop))
+        if not source.transposed:
+            if source.expert is None:
+                return self.inner.read(source.tensor, (first + start, first + stop))
+            above = source.rows[0] if source.rows else 0
+            return self.inner.read_within(source.tensor, first, (above + start, above + stop))
         whole = self.inner.read(source.tensor, (first, last))
         return logical_matrix(whole, source)[start:stop]
 

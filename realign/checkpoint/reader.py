@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Self, cast
@@ -62,6 +63,10 @@ class Checkpoint(ABC):
         Raises:
             HeaderError: the file ended early (it changed or was cut since it was opened).
         """
+
+    def read_within(self, name: str, index: int, rows: tuple[int, int]) -> Tensor:
+        """Rows [start, stop) of one matrix of a stack of three dimensions, as `read` gives them."""
+        return self.read(name, (index, index + 1))[0][slice(*rows)]
 
     @abstractmethod
     def close(self) -> None:
@@ -126,6 +131,14 @@ class FolderCheckpoint(Checkpoint):
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """See `Checkpoint.read`."""
         return self._files.read(self.tensors[name], rows)
+
+    def read_within(self, name: str, index: int, rows: tuple[int, int]) -> Tensor:
+        """See `Checkpoint.read_within`. Only these rows are read."""
+        info = self.tensors[name]
+        stack, height, width = info.shape
+        first = index * height
+        flat = replace(info, shape=(stack * height, width))
+        return self._files.read(flat, (first + rows[0], first + rows[1]))
 
     def close(self) -> None:
         """See `Checkpoint.close`."""
