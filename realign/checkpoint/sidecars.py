@@ -8,7 +8,7 @@ our own manifest.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from realign.errors import CheckpointError
@@ -82,6 +82,16 @@ def travels(name: str) -> bool:
         and not name.endswith(".index.json")
         and not name.startswith("adapter_model")
         and name not in _NEVER_NAMES
+    )
+
+
+def has_vocabulary(names: Iterable[str]) -> bool:
+    """Whether one of these files holds a tokenizer's vocabulary."""
+    return any(
+        (name in _VOCABULARY and not name.endswith("_config.json"))
+        or name.endswith((".model", ".tiktoken", ".spm", ".vocab"))
+        or name.startswith(("tekken", "tokenization_"))
+        for name in names
     )
 
 

@@ -108,7 +108,7 @@ def repair(
         raise UsageError("the repair has no output folder", "give one: -o FOLDER")
     with open_inputs(request, progress=progress) as inputs:
         plan = plan_repair(request, inputs)
-        for note in plan.notes:
+        for note in (*(f"warning: {doubt}" for doubt in plan.doubts), *plan.notes):
             progress.note(note)
         statistics = _prepare(request, plan, inputs, progress)
         hashes = _hash_inputs(plan, inputs, progress)

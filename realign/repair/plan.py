@@ -1,9 +1,10 @@
-"""The plan of a repair: everything that can be decided, or refused, from headers and JSON alone.
+"""The plan of a repair: everything that can be decided, or refused, before the work begins.
 
 `plan` opens the checkpoints, checks the method's parameters and what it needs, settles the safety
 vector once for the whole run, pairs the tensors, guards against repairing twice and against having
 nothing to repair, looks at the target folder, and estimates what the run will read, write and hold
-in memory. `--dry-run` prints the result; `engine.repair` carries it out. No tensor is read here.
+in memory. `--dry-run` prints the result; `engine.repair` carries it out. Headers and JSON
+decide; of the tensors only a few rows are read, to tell equal or swapped models.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from realign.checkpoint.lineage import propose
 from realign.checkpoint.manifest import read_manifest
 from realign.checkpoint.matching import Matching, TensorPair, match, same_weights
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.sidecars import has_vocabulary
 from realign.checkpoint.writer import ShardLayout, check_target, plan_layout
 from realign.errors import (
     AlreadyRepairedError,
@@ -33,6 +35,7 @@ from realign.errors import (
 from realign.progress import SILENT, Progress
 from realign.repair.devices import resolve_device
 from realign.repair.estimate import Estimate, estimate_repair
+from realign.repair.lineage_check import doubts
 from realign.repair.method import Method, Scope, settle_safety_vector
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
@@ -88,6 +91,8 @@ class Plan:
     estimate: Estimate
     notes: tuple[str, ...]
     """Lines worth reading before the run: deviations, unused inputs, what was noticed."""
+    doubts: tuple[str, ...] = ()
+    """What speaks against the roles in which the checkpoints were given; see `lineage_check`."""
 
     @property
     def edits(self) -> tuple[TensorPair, ...]:
@@ -120,6 +125,7 @@ class Plan:
             "patch": self.patch,
             "max_patch_rank": self.max_patch_rank,
             "estimate": vars(self.estimate),
+            "doubts": list(self.doubts),
             "notes": list(self.notes),
             "tensors": [
                 {
@@ -138,7 +144,7 @@ class Plan:
 
 
 def plan(request: RepairRequest, *, progress: Progress = SILENT) -> Plan:
-    """Decide what a repair would do, from headers and JSON only.
+    """Decide what a repair would do, from headers, JSON and a few rows.
 
     Raises:
         UsageError: an unknown method, a parameter out of range, an option that is missing.
@@ -182,7 +188,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
             f"{inputs.finetuned.source} has no tensor in the scope {scope}",
             "choose a wider one with --scope matrices or --scope all",
         )
-    notes += _merge_notes(inputs.finetuned, matching)
+    notes += [*_merge_notes(inputs.finetuned, matching), *_tokenizer_notes(inputs.finetuned)]
     layout = plan_layout(inputs.finetuned)
     anchors = _plan_anchors(request) if method.needs_anchors else None
     if request.anchors is not None and anchors is None:
@@ -216,6 +222,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         max_patch_rank=request.max_patch_rank,
         estimate=estimate,
         notes=(*notes, *matching.notes),
+        doubts=doubts(inputs, [pair.role.name for pair in matching.pairs if pair.action == "edit"]),
     )
 
 
@@ -366,6 +373,12 @@ def _merge_notes(finetuned: Checkpoint, matching: Matching) -> list[str]:
         f"the adapter is merged in {' and '.join(low)} as peft merges it; the edit is taken from "
         "the merged weights"
     ]
+
+
+def _tokenizer_notes(finetuned: Checkpoint) -> list[str]:
+    if has_vocabulary(finetuned.sidecars()):
+        return []
+    return [f"{finetuned.source} holds no tokenizer: the output will have none either"]
 
 
 def _plan_anchors(request: RepairRequest) -> PlannedAnchors:

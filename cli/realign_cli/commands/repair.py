@@ -267,6 +267,8 @@ def _show_plan(sink: Sink, request: RepairRequest) -> None:
     from realign.report.repair import plan_tables
 
     planned: Plan = plan(request, progress=sink.progress)
+    for doubt in planned.doubts:
+        sink.warning(doubt)
     sink.document(planned.to_json())
     sink.show(*plan_tables(planned))
 
@@ -299,6 +301,8 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -
 
 def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: _Gate | None) -> None:
     """Say on standard error what the output alone does not: what it rests on, what is open."""
+    for doubt in result.plan.doubts:
+        sink.warning(doubt)
     method = result.manifest["method"]
     if method["name"] == "lssf" and method["settings"].get("safety_vector") == "base":
         sink.warning(
