@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from realign.audit.schema import ComparisonEntry, Report
 from realign.report import words
+from realign.report.page import environment, markup
 from realign.report.pictures import Panel, heat_map, layer_panels, rate_bars, to_svg
 from realign.report.view import (
     Column,
@@ -27,7 +28,6 @@ from realign.report.view import (
 )
 
 if TYPE_CHECKING:
-    from jinja2 import Environment
     from markupsafe import Markup
 
 _MAX_HEAT_MAP_ROWS = 60
@@ -63,7 +63,7 @@ def render(
     shown = tuple(columns) if columns is not None else columns_of(report)
     subject = report.models.get("subject")
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             report=report,
@@ -94,37 +94,18 @@ def render(
     )
 
 
-def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-
-    return Environment(
-        loader=PackageLoader("realign.report", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-
-
-def _markup(svg: str) -> Markup:
-    from markupsafe import Markup
-
-    # Ours: matplotlib escapes every text it draws, and `interval_bar` writes only numbers.
-    return Markup(svg)
-
-
 def _rate_pictures(columns: Sequence[Column]) -> list[Picture]:
     bars = rate_picture_bars(columns)
     if not bars:
         return []
     svg = to_svg(rate_bars(bars), label="Rates per model with 95 % intervals")
-    return [Picture(_markup(svg), "Rates per model; the black lines are 95 % intervals.")]
+    return [Picture(markup(svg), "Rates per model; the black lines are 95 % intervals.")]
 
 
 def _template_pictures(columns: Sequence[Column]) -> list[Picture]:
     caption = "Rates per request template: one template can carry all failures."
     return [
-        Picture(_markup(to_svg(heat_map(grid), label=f"{grid.title} {index}")), caption)
+        Picture(markup(to_svg(heat_map(grid), label=f"{grid.title} {index}")), caption)
         for index, grid in enumerate(template_grids(columns))
         if len(grid.rows) <= _MAX_HEAT_MAP_ROWS
     ]
@@ -134,7 +115,7 @@ def _weight_pictures(report: Report) -> list[Picture]:
     assert report.weights is None or report.weights.groups is not None
     grids = [weight_grid(group) for group in (report.weights.groups if report.weights else ())]
     return [
-        Picture(_markup(to_svg(heat_map(grid), label=grid.title)), f"{grid.title}, per layer.")
+        Picture(markup(to_svg(heat_map(grid), label=grid.title)), f"{grid.title}, per layer.")
         for grid in grids
         if grid is not None and len(grid.rows) <= _MAX_HEAT_MAP_ROWS
     ]
@@ -167,7 +148,7 @@ def _verdict_row(row: VerdictRow, limit: float) -> Mapping[str, Any]:
         "judge": row.judge,
         "unit": row.unit,
         "entry": row.entry,
-        "bar": _markup(interval_bar(row.entry, limit=limit)),
+        "bar": markup(interval_bar(row.entry, limit=limit)),
     }
 
 
@@ -245,5 +226,5 @@ def _repair_section(repair: RepairStory | None) -> Mapping[str, Any] | None:
     pictures: list[Picture] = []
     if repair.panels:
         svg = to_svg(layer_panels(repair.panels), label="The repair, layer by layer")
-        pictures.append(Picture(_markup(svg), "The repair, layer by layer."))
+        pictures.append(Picture(markup(svg), "The repair, layer by layer."))
     return {"facts": repair.facts, "pictures": pictures}

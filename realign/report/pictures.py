@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_INK = "#1a1a1a"
-_FAINT = "#c8c8c8"
+INK = "#1a1a1a"
+FAINT = "#c8c8c8"
 # Ordered from light to dark so that grey prints keep the order; each has a hatch of its own.
 _FILLS = ("#d9d9d9", "#e07b39", "#3f7fb5", "#6c9a4b", "#8d6bb0")
 _HATCHES = ("", "///", "..", "\\\\\\", "xx")
@@ -33,8 +33,8 @@ _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Helvetica", "Arial"],
     "font.size": 9,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.titlesize": 10,
@@ -45,8 +45,8 @@ _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",  # text stays text: smaller, searchable, read aloud
     "svg.hashsalt": "realign",
     "text.parse_math": False,  # names come from checkpoints; "$" is just a character in them
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -114,7 +114,7 @@ def rate_bars(bars: Sequence[Bar], *, title: str = "") -> Figure:
     groups = list(dict.fromkeys(bar.group for bar in bars))
     series = list(dict.fromkeys(bar.series for bar in bars))
     lookup = {(bar.group, bar.series): bar for bar in bars}
-    with _style():
+    with style():
         thickness = 0.8 / max(len(series), 1)
         height = 0.9 + len(groups) * (0.18 + 0.2 * len(series))
         figure, (axes,) = _figure(height, rows=1)
@@ -129,14 +129,14 @@ def rate_bars(bars: Sequence[Bar], *, title: str = "") -> Figure:
                 label=name,
                 facecolor=_FILLS[index % len(_FILLS)],
                 hatch=_HATCHES[index % len(_HATCHES)],
-                edgecolor=_INK,
+                edgecolor=INK,
             )
         axes.set_yticks(range(len(groups)), groups)
         axes.set_ylim(len(groups) - 0.4, -0.6)
         axes.set_xlim(0, 1.12)
         axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0], ["0 %", "25 %", "50 %", "75 %", "100 %"])
         axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x", color=_FAINT, linewidth=0.5)
+        axes.grid(axis="x", color=FAINT, linewidth=0.5)
         axes.set_axisbelow(True)
         axes.set_title(title)
         _legend_above(axes, len(series), titled=bool(title))
@@ -145,7 +145,7 @@ def rate_bars(bars: Sequence[Bar], *, title: str = "") -> Figure:
 
 def layer_panels(panels: Sequence[Panel]) -> Figure:
     """Draw one small panel per quantity, stacked, with the layers on the horizontal axis."""
-    with _style():
+    with style():
         figure, axes_of = _figure(0.7 + 1.55 * len(panels), rows=len(panels))
         names = list(dict.fromkeys(line.name for panel in panels for line in panel.lines))
         layers = sorted({x for p in panels for line in p.lines for x, _ in line.points})
@@ -163,7 +163,7 @@ def layer_panels(panels: Sequence[Panel]) -> Figure:
                     linewidth=1.1,
                 )
             axes.set_title(panel.title)
-            axes.grid(color=_FAINT, linewidth=0.5)
+            axes.grid(color=FAINT, linewidth=0.5)
             if panel.floor is not None:
                 axes.set_ylim(bottom=panel.floor)
             _layer_ticks(axes, layers)
@@ -178,7 +178,7 @@ def heat_map(grid: Grid) -> Figure:
     """Draw a table of numbers in shades of grey, each cell with its number."""
     from matplotlib.colors import Normalize
 
-    with _style():
+    with style():
         longest = max((len(row) for row in grid.rows), default=0)
         figure, (axes,) = _figure(0.9 + 0.26 * len(grid.rows), rows=1)
         numbers = [v for row in grid.values for v in row if v is not None]
@@ -201,7 +201,7 @@ def heat_map(grid: Grid) -> Figure:
                         cell_text(value, percent=grid.percent),
                         ha="center",
                         va="center",
-                        color="white" if dark else _INK,
+                        color="white" if dark else INK,
                         fontsize=8 if len(grid.columns) <= 14 else 6,
                     )
         axes.set_yticks(range(len(grid.rows)), grid.rows, fontsize=8 if longest < 60 else 7)
@@ -229,7 +229,7 @@ def to_svg(figure: Figure, *, label: str) -> str:
     from matplotlib.backends.backend_svg import FigureCanvasSVG
 
     buffer = io.StringIO()
-    with _style():
+    with style():
         FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
     text = buffer.getvalue()
     element = text[text.index("<svg") :]
@@ -245,7 +245,7 @@ def to_svg(figure: Figure, *, label: str) -> str:
 
 def save(figure: Figure, file: Path) -> Path:
     """Write the figure; the suffix of `file` chooses SVG, PNG or PDF."""
-    with _style():
+    with style():
         metadata = {"Date": None} if file.suffix == ".svg" else {}
         figure.savefig(file, dpi=150, metadata=metadata)
     return file
@@ -258,16 +258,16 @@ def _draw_bar(axes: Axes, bar: Bar, y: float, thickness: float, index: int) -> N
         height=thickness * 0.9,
         facecolor=_FILLS[index % len(_FILLS)],
         hatch=_HATCHES[index % len(_HATCHES)],
-        edgecolor=_INK,
+        edgecolor=INK,
         linewidth=0.6,
     )
     end = bar.value
     if bar.low is not None and bar.high is not None:
-        axes.plot([bar.low, bar.high], [y, y], color=_INK, linewidth=1.4, solid_capstyle="butt")
-        axes.plot([bar.low, bar.high], [y, y], color=_INK, marker="|", markersize=5, linestyle="")
+        axes.plot([bar.low, bar.high], [y, y], color=INK, linewidth=1.4, solid_capstyle="butt")
+        axes.plot([bar.low, bar.high], [y, y], color=INK, marker="|", markersize=5, linestyle="")
         end = max(end, bar.high)
     axes.text(
-        end + 0.012, y, f"{100 * bar.value:.1f} %", va="center", ha="left", fontsize=8, color=_INK
+        end + 0.012, y, f"{100 * bar.value:.1f} %", va="center", ha="left", fontsize=8, color=INK
     )
 
 
@@ -307,7 +307,8 @@ def _figure(height: float, *, rows: int) -> tuple[Figure, list[Axes]]:
 
 
 @contextmanager
-def _style() -> Generator[None]:
+def style() -> Generator[None]:
+    """Apply the look of all pictures while figures are made."""
     import matplotlib
 
     with matplotlib.rc_context(_STYLE):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from realign.repair.record import LOW_SURVIVAL, TensorRow
 from realign.report.html import RepairStory
 from realign.report.pictures import Line, Panel
+from realign.report.tables import plain_table
 from realign.report.words import MISSING, number
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     """Return what `--dry-run` shows: inputs, settings, tensors by module, costs, remarks."""
     from rich.text import Text
 
-    inputs = _table("Inputs")
+    inputs = plain_table("Inputs")
     for title in ("role", "checkpoint", "size"):
         inputs.add_column(title, justify="right" if title == "size" else "left")
     for role, each in plan.inputs.items():
@@ -42,7 +43,7 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
         adapter = " (adapter, merged)" if each.kind == "adapter" else ""
         inputs.add_row(role, Text(f"{each.source}{pinned}{adapter}"), size(each.weight_bytes))
 
-    tensors = _table("Tensors")
+    tensors = plain_table("Tensors")
     for title in ("module", "tensors", "layers", "action", "why"):
         tensors.add_column(title, justify="right" if title == "tensors" else "left")
     for row in _by_module(plan.matching.pairs):
@@ -63,13 +64,14 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
         ("output", f"{plan.output or ''}{' (LoRA patch)' if plan.patch else ''}"),
     ]
     lines = [Text.assemble((f"{name:21}", "dim"), value) for name, value in facts if value]
-    notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    notes = [Text(f"warning: {doubt}", style="bold yellow") for doubt in plan.doubts]
+    notes += [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return (inputs, "", *lines, "", tensors, *([""] if notes else []), *notes)
 
 
 def rows_table(rows: Iterable[TensorRow], *, title: str = "The edit, layer by layer") -> Table:
     """Return rank, entropy, edit norm and survival per layer, averaged over its matrices."""
-    table = _table(f"{title} (means over matrices)")
+    table = plain_table(f"{title} (means over matrices)")
     titles = ("layer", "edited", "rank", "entropy", "edit / weight", "cos(edit, task)", "survival")
     for title in titles:
         table.add_column(title, justify="right")
@@ -192,18 +194,3 @@ def _curve_name(row: TensorRow) -> str:
 def _mean(values: Iterable[object]) -> float | None:
     numbers = [float(value) for value in values if isinstance(value, int | float)]
     return fmean(numbers) if numbers else None
-
-
-def _table(title: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-    )

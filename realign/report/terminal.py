@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from realign.audit.schema import GateEntry, Report
+from realign.report.tables import plain_table
 from realign.report.view import (
     Cell,
     Column,
@@ -81,7 +82,7 @@ def rates_table(
 
     rows = [r for r in rate_rows(columns) if metrics is None or (r.suite, r.metric) in metrics]
     one_line = width >= 26 + _WIDE_ENOUGH_FOR_ONE_LINE * 2 / 3 * len(columns) and not verdicts
-    table = _table(title or "Rates, with 95 % intervals")
+    table = plain_table(title or "Rates, with 95 % intervals")
     table.add_column("suite (items)", no_wrap=verdicts)
     for column in columns:
         table.add_column(column.title, justify="right")
@@ -114,7 +115,7 @@ def verdicts_table(report: Report, *, title: str = "") -> Table:
     judges = {(row.suite, row.label): set[str]() for row in rows}
     for row in rows:
         judges[row.suite, row.label].add(row.judge)
-    table = _table(title or "Differences (larger is worse), with the interval that decides")
+    table = plain_table(title or "Differences (larger is worse), with the interval that decides")
     table.add_column("comparison", no_wrap=True, max_width=40)
     table.add_column("difference", justify="right", no_wrap=True)
     table.add_column("95 % interval", justify="right", no_wrap=True)
@@ -140,7 +141,7 @@ def gates_table(gates: Sequence[GateEntry]) -> Table:
     """Return the gates of the policy."""
     from rich.text import Text
 
-    table = _table("Gates")
+    table = plain_table("Gates")
     table.add_column("gate")
     table.add_column("status", no_wrap=True)
     table.add_column("why", ratio=1)
@@ -206,18 +207,3 @@ def _rate_text(cell: Cell | None, *, one_line: bool) -> Text:
     if cell.n_invalid:
         text.append(f"\n{cell.n_invalid} invalid", style="yellow")
     return text
-
-
-def _table(title: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-    )
