@@ -1,11 +1,6 @@
-"""The subspace file: what alignment wrote, decomposed once per family and read again by others.
+"""Making a subspace file: the alignment vector of a family, decomposed matrix by matrix.
 
-For every linear layer of the decoder blocks it holds the leading singular triples of
-a = W_aligned - W_base, in float32, and in the header's metadata where they come from. Layout:
-tensors "<key>.U" [d_out, k], "<key>.S" [k], "<key>.V" [d_in, k]; metadata `schema`, `rank_rule`,
-`aligned` and `base` (JSON: source, commit, content_digest) and `matrices` (JSON: one row each).
-
-Here: computing it, writing and reading it. Not here: what is measured against it.
+Here: computing and writing it. Not here: its format and reading it (`realign.audit.subspace_file`).
 """
 
 from __future__ import annotations
@@ -15,20 +10,21 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from realign._version import __version__
+from realign.audit.subspace_file import SCHEMA, Family, SubspaceFile, SubspaceRow, read_subspace
+from realign.checkpoint.layouts import conform
 from realign.checkpoint.manifest import content_digest
 from realign.checkpoint.matching import match, same_weights
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix
-from realign.errors import CheckpointError, NothingToDoError, OutputError, UsageError
+from realign.errors import NothingToDoError, OutputError, UsageError
 from realign.progress import SILENT, Progress
 from realign.repair.devices import resolve_device
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
@@ -40,7 +36,6 @@ from realign.subspace.projector import fix_signs
 from realign.subspace.spectrum import Triplets, decompose
 from realign.subspace.vectors import difference, squared_norm
 
-SCHEMA = "realign/subspace/1"
 RANK_RULES = ("stable", "energy", "entropy")
 DEFAULT_RANK = 32
 DEFAULT_ETA = 0.85
@@ -59,53 +54,6 @@ class SubspaceRequest:
     """Threshold of the rules `energy` and `entropy`, and of the entropy rank in the report."""
     device: str = "auto"
     offline: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class SubspaceRow:
-    """What the spectrum of one matrix of the alignment vector looks like."""
-
-    key: str
-    tensor: str
-    module: str
-    layer: int | None
-    shape: tuple[int, int]
-    """[d_out, d_in]."""
-    norm: float
-    """norm(a), Frobenius."""
-    relative_norm: float
-    """norm(a) / norm(W_aligned)."""
-    entropy_rank: int
-    """Rule (7) of arXiv 2602.00038 at `eta`, whatever rule decided what is kept."""
-    facts: Mapping[str, float | int | str | None] = field(default_factory=dict[str, Any])
-    """As of an edit: `rank` (kept), `entropy`, `effective_rank`, `stable_rank`, `kept_energy`."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """Which checkpoint a subspace file was made from."""
-
-    source: str
-    commit: str | None
-    content_digest: str
-
-
-class SubspaceFile:
-    """A subspace file opened for reading, one matrix at a time."""
-
-    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
-        self.path = path
-        self.rank_rule = metadata["rank_rule"]
-        self.aligned = Family(**json.loads(metadata["aligned"]))
-        self.base = Family(**json.loads(metadata["base"]))
-        rows: list[dict[str, Any]] = json.loads(metadata["matrices"])
-        self.rows = {row["key"]: _row_from(row) for row in rows}
-
-    def triplets(self, key: str) -> Triplets:
-        """U_k [d_out, k], S_k [k] and V_k [d_in, k] of one matrix, float32."""
-        with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            u, s, v = (file.get_tensor(f"{key}.{part}").clone() for part in "USV")
-        return Triplets(u=u, s=s, v=v)
 
 
 def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> SubspaceFile:
@@ -127,8 +75,9 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
     options: dict[str, Any] = {"offline": request.offline, "progress": progress}
     with (
         open_checkpoint(request.aligned, **options) as aligned,
-        open_checkpoint(request.base, **options) as base,
+        open_checkpoint(request.base, **options) as opened,
     ):
+        base = conform(opened, aligned)
         if same_weights(aligned, base):
             raise NothingToDoError(
                 f"{aligned.source} and {base.source} hold the same weights: "
@@ -162,35 +111,6 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
         }
     _save(target, tensors, metadata)
     return read_subspace(target)
-
-
-def read_subspace(path: str | Path) -> SubspaceFile:
-    """Open a subspace file.
-
-    Raises:
-        CheckpointError: it is missing, damaged, or of another schema.
-    """
-    file_path = Path(path)
-    try:
-        with safe_open(file_path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]
-            metadata: dict[str, str] = file.metadata() or {}
-        if metadata.get("schema") != SCHEMA:
-            raise CheckpointError(
-                f"{path} is not a subspace file of schema {SCHEMA}",
-                "make one with: realign subspace ALIGNED --base BASE -o FILE",
-            )
-        return SubspaceFile(file_path, metadata)
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as a subspace file: {error}",
-            "make it again with: realign subspace ALIGNED --base BASE -o FILE",
-        ) from error
-
-
-def _row_from(value: Mapping[str, Any]) -> SubspaceRow:
-    d_out, d_in = value["shape"]
-    fields: dict[str, Any] = {**value, "shape": (d_out, d_in)}
-    return SubspaceRow(**fields)
 
 
 def _check(request: SubspaceRequest) -> None:

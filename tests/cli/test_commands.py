@@ -239,7 +239,7 @@ def test_a_plan_loads_nothing_and_writes_nothing(tmp_path: Path) -> None:
 
 
 def test_subspace_writes_a_file_and_a_picture(tmp_path: Path) -> None:
-    from realign.repair.subspace_file import read_subspace
+    from realign.audit.subspace_file import read_subspace
 
     out = tmp_path / "safety.safetensors"
     options = ["--base", model("base"), "-o", out, "--rank", "4", "--device", "cpu"]

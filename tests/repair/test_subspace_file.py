@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import save_file
 from support.repair_support import read_folder
 
+from realign.audit.subspace_file import read_subspace
 from realign.checkpoint.manifest import content_digest
 from realign.errors import CheckpointError, NothingToDoError, OutputError, UsageError
-from realign.repair.subspace_file import SubspaceRequest, read_subspace, write_subspace
+from realign.repair.subspace_file import SubspaceRequest, write_subspace
 
 
 @pytest.mark.parametrize(("arch", "count"), [("llama", 14), ("gpt2", 12), ("phi3", 14)])

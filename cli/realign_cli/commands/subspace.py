@@ -18,7 +18,7 @@ from realign_cli.sink import Sink
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from realign.repair.subspace_file import SubspaceRow
+    from realign.audit.subspace_file import SubspaceRow
 
 EXAMPLES = (
     Example(

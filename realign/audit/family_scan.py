@@ -1,0 +1,317 @@
+"""A further fine-tune of a known family, measured by one pass over it and its reference.
+
+The subspace file of the family stands for the base, which is not read: what alignment wrote is
+known from it. Subject and reference pass by in chunks of rows, one chunk ahead of the arithmetic.
+A screening signal, not validated, never a safety verdict.
+
+Here: which tensors are compared, reading them once each, the tables. Not here: the sums
+(`realign.subspace.family`) and the file (`subspace_file`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from realign.audit.subspace_file import SubspaceFile, SubspaceRow
+from realign.audit.weights import MOST_UNMATCHED, NORM, NOT_VALIDATED
+from realign.checkpoint.headers import FLOATS
+from realign.checkpoint.names import TensorRole, classify
+from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of, stored_rows
+from realign.errors import MismatchError, NonFiniteError
+from realign.progress import SILENT, Progress
+from realign.subspace.family import FamilyMeter, FamilyMetrics, FamilyTerms, merge_family
+
+READ_BYTES = 8 * 2**20
+"""Bytes of a tensor read at once from each checkpoint."""
+SAME_NORM = 1e-9
+"""Relative difference of norms above which a reference is not the one that was decomposed."""
+_VOCABULARY = {"embedding": "embed", "head": "head"}
+
+
+@dataclass(frozen=True)
+class FamilyRow:
+    """One matrix, or a norm or bias, which counts in the distance alone."""
+
+    key: str
+    module: str
+    """Last module name; "norm" for norms and biases, "embed" and "head" for vocabularies."""
+    layer: int | None
+    terms: FamilyTerms
+
+
+@dataclass(frozen=True)
+class FamilyScan:
+    """What one pass over subject and reference says about a fine-tune."""
+
+    line: str
+    """Goes with every number: it is not validated."""
+    total: FamilyMetrics | None
+    """Over all matrices, norms and biases; vocabularies stand apart."""
+    total_reason: str | None
+    """Why there is no total."""
+    per_module: Mapping[str, FamilyMetrics]
+    per_layer: Mapping[int, FamilyMetrics]
+    rows: tuple[FamilyRow, ...]
+    skipped: tuple[str, ...]
+    unmatched: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """Stored rows [start, stop) of one tensor, in both checkpoints."""
+
+    role: TensorRole
+    start: int
+    stop: int
+    last: bool
+
+
+def scan_family(
+    file: SubspaceFile,
+    *,
+    reference: Checkpoint,
+    subject: Checkpoint,
+    progress: Progress = SILENT,
+) -> FamilyScan:
+    """Measure a subject against its reference and the family's alignment subspace.
+
+    Every tensor of both is read once; the base is not needed. Memory is a few chunks and the
+    factors of one tensor, whatever the size of the model.
+
+    Args:
+        file: of the family, made from the reference.
+        reference: the aligned model that the file was made from.
+        subject: a fine-tune of it.
+        progress: counts bytes.
+
+    Raises:
+        MismatchError: the reference is not the file's: another commit, or other weights.
+        NonFiniteError: a tensor holds NaN or infinity; names it.
+    """
+    _check_commit(file, reference)
+    skipped: list[str] = []
+    unmatched: list[str] = []
+    compared: list[TensorRole] = []
+    for role in classify(reference).values():
+        if not _matches(role, reference, subject):
+            unmatched.append(role.name)
+        elif role.kind in ("router", "buffer", "other"):
+            skipped.append(f"{role.name}: {role.kind}")
+        else:
+            compared.append(role)
+    unmatched += sorted(set(subject.tensors) - set(reference.tensors))
+    rows = _measure(file, reference, subject, compared, progress)
+    unknown = [key for key in file.rows if key not in {row.key for row in rows}]
+    unmatched += [key for key in unknown if file.rows[key].tensor not in unmatched]
+    return _tables(rows, skipped, unmatched, reference, subject)
+
+
+def _measure(
+    file: SubspaceFile,
+    reference: Checkpoint,
+    subject: Checkpoint,
+    compared: Sequence[TensorRole],
+    progress: Progress,
+) -> list[FamilyRow]:
+    rows: list[FamilyRow] = []
+    meters: dict[str, FamilyMeter] = {}
+    chunks = [chunk for role in compared for chunk in _chunks(role, reference, subject)]
+    total = sum(2 * _nbytes(chunk, reference) for chunk in chunks)
+
+    def read(chunk: _Chunk) -> tuple[Tensor, Tensor]:
+        name = chunk.role.name
+        if not reference.tensors[name].shape:
+            return reference.read(name).reshape(1), subject.read(name).reshape(1)
+        span = (chunk.start, chunk.stop)
+        return reference.read(name, span), subject.read(name, span)
+
+    with progress.task("scanning", total=total, unit="B") as task:
+        for chunk, tensors in _one_ahead(chunks, read):
+            for slot, (start, stop) in _slots(chunk.role, reference):
+                if stop <= chunk.start or chunk.stop <= start:
+                    continue
+                if slot.key not in meters:
+                    meters[slot.key] = _meter(file, slot, chunk.role, reference)
+                _add(meters[slot.key], slot, chunk, tensors, start, stop)
+                if stop <= chunk.stop or chunk.last:
+                    terms = meters.pop(slot.key).terms()
+                    rows.append(FamilyRow(slot.key, _module(chunk.role, slot), slot.layer, terms))
+                    _require_finite(rows[-1], reference, subject)
+                    _require_same(file.rows.get(slot.key), rows[-1], file, reference)
+            task.advance(sum(tensor.nbytes for tensor in tensors))
+            del tensors
+    return rows
+
+
+def _one_ahead(
+    chunks: Iterable[_Chunk], read: Callable[[_Chunk], tuple[Tensor, Tensor]]
+) -> Iterator[tuple[_Chunk, tuple[Tensor, Tensor]]]:
+    """Read the next chunk in a thread while this one is used."""
+    with ThreadPoolExecutor(1, thread_name_prefix="realign-scan") as pool:
+        waiting: tuple[_Chunk, Future[tuple[Tensor, Tensor]]] | None = None
+        for chunk in chunks:
+            coming = (chunk, pool.submit(read, chunk))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = coming
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
+
+
+def _chunks(role: TensorRole, reference: Checkpoint, subject: Checkpoint) -> Iterator[_Chunk]:
+    """The rows that both have; whole experts where they are stacked."""
+    info = reference.tensors[role.name]
+    there = subject.tensors[role.name].shape
+    total = min(info.shape[0], there[0]) if info.shape else 1
+    row_bytes = max(1, info.nbytes // max(1, info.shape[0] if info.shape else 1))
+    step = max(1, READ_BYTES // row_bytes)
+    for start in range(0, total, step):
+        stop = min(start + step, total)
+        yield _Chunk(role, start, stop, last=stop == total)
+
+
+def _nbytes(chunk: _Chunk, reference: Checkpoint) -> int:
+    info = reference.tensors[chunk.role.name]
+    return info.nbytes * (chunk.stop - chunk.start) // max(1, info.shape[0] if info.shape else 1)
+
+
+def _slots(role: TensorRole, reference: Checkpoint) -> Iterator[tuple[Slot, tuple[int, int]]]:
+    """The matrices of a tensor, each with the stored rows in which it lies."""
+    shape = reference.tensors[role.name].shape
+    if role.kind != "block_linear":
+        yield Slot(role.name, role.name, role.module, role.layer), (0, shape[0] if shape else 1)
+        return
+    for slot in slots_of(reference, role.name):
+        yield slot, stored_rows(slot, shape)
+
+
+def _module(role: TensorRole, slot: Slot) -> str:
+    if role.kind in ("norm", "bias"):
+        return NORM
+    return _VOCABULARY.get(role.kind, slot.module)
+
+
+def _meter(file: SubspaceFile, slot: Slot, role: TensorRole, reference: Checkpoint) -> FamilyMeter:
+    shape = reference.tensors[slot.tensor].shape
+    if not _is_matrix(role, shape):
+        return FamilyMeter(0)
+    d_out, d_in = slot_shape(shape, slot)
+    known = file.rows.get(slot.key)
+    if known is None:
+        return FamilyMeter(d_in)
+    if known.shape != (d_out, d_in):
+        raise _wrong(
+            file, reference, f"{slot.key} is {list(known.shape)} in it, not {[d_out, d_in]}"
+        )
+    return FamilyMeter(d_in, file.triplets(slot.key))
+
+
+def _is_matrix(role: TensorRole, shape: tuple[int, ...]) -> bool:
+    return role.kind not in ("norm", "bias") and len(shape) in (2, 3)
+
+
+def _add(
+    meter: FamilyMeter,
+    slot: Slot,
+    chunk: _Chunk,
+    tensors: tuple[Tensor, Tensor],
+    start: int,
+    stop: int,
+) -> None:
+    """Give a meter the part of its matrix, which lies in [start, stop), that is in the chunk."""
+    low, high = max(start, chunk.start), min(stop, chunk.stop)
+    ref, sub = (tensor[low - chunk.start : high - chunk.start] for tensor in tensors)
+    if not _is_matrix(chunk.role, tuple(ref.shape)):
+        meter.add(ref.reshape(1, -1), sub.reshape(1, -1))
+        return
+    at = 0 if slot.expert is not None else low - start
+    row, column = (0, at) if slot.transposed else (at, 0)
+    meter.add(logical_matrix(ref, slot), logical_matrix(sub, slot), row=row, column=column)
+
+
+def _matches(role: TensorRole, reference: Checkpoint, subject: Checkpoint) -> bool:
+    """Whether the subject has the same tensor; vocabularies may differ in length."""
+    here, there = reference.tensors[role.name], subject.tensors.get(role.name)
+    if there is None or (here.dtype in FLOATS) != (there.dtype in FLOATS):
+        return False
+    first = 1 if role.kind in _VOCABULARY else 0
+    return len(here.shape) == len(there.shape) and here.shape[first:] == there.shape[first:]
+
+
+def _check_commit(file: SubspaceFile, reference: Checkpoint) -> None:
+    known = file.aligned.commit
+    if known is not None and reference.commit is not None and known != reference.commit:
+        raise _wrong(
+            file, reference, f"it was made from commit {known}, this is commit {reference.commit}"
+        )
+
+
+def _require_same(
+    known: SubspaceRow | None, row: FamilyRow, file: SubspaceFile, reference: Checkpoint
+) -> None:
+    """The file tells norm(W_aligned) of every matrix: the wrong reference is seen at once."""
+    if known is None or not known.relative_norm:
+        return
+    expected, found = known.norm / known.relative_norm, math.sqrt(row.terms.reference)
+    if abs(found - expected) > SAME_NORM * expected:
+        raise _wrong(
+            file, reference, f"norm of {row.key}: {expected:.9g} in it, {found:.9g} in the model"
+        )
+
+
+def _wrong(file: SubspaceFile, reference: Checkpoint, how: str) -> MismatchError:
+    pin = f"@{file.aligned.commit}" if file.aligned.commit else ""
+    return MismatchError(
+        f"{file.path} was not made from {reference.source}: {how}",
+        f"give the aligned model that it was made from ({file.aligned.source.partition('@')[0]}"
+        f"{pin}), or make a subspace file of this one",
+    )
+
+
+def _require_finite(row: FamilyRow, reference: Checkpoint, subject: Checkpoint) -> None:
+    """Sums of squares are finite exactly where all entries are (and do not overflow)."""
+    for value, whose in ((row.terms.reference, reference), (row.terms.task, subject)):
+        if not math.isfinite(value):
+            raise NonFiniteError(
+                f"{row.key} of {whose.source} holds NaN or infinity",
+                "the checkpoint is damaged: copy or train it again",
+            )
+
+
+def _tables(
+    rows: Sequence[FamilyRow],
+    skipped: Sequence[str],
+    unmatched: Sequence[str],
+    reference: Checkpoint,
+    subject: Checkpoint,
+) -> FamilyScan:
+    sizes = {
+        name: info.numel for each in (reference, subject) for name, info in each.tensors.items()
+    }
+    share = sum(sizes.get(name, 0) for name in unmatched) / max(1, sum(sizes.values()))
+    counted = [row for row in rows if row.module not in _VOCABULARY.values()]
+    complete = share <= MOST_UNMATCHED and bool(counted)
+    layers = sorted({row.layer for row in counted if row.layer is not None})
+    reason = f"{share:.1%} of the parameters do not match by name and shape"
+    return FamilyScan(
+        line=NOT_VALIDATED,
+        total=merge_family(row.terms for row in counted).metrics() if complete else None,
+        total_reason=None if complete else reason if unmatched else "there are no matrices",
+        per_module={
+            name: merge_family(row.terms for row in rows if row.module == name).metrics()
+            for name in dict.fromkeys(row.module for row in rows)
+        },
+        per_layer={
+            layer: merge_family(row.terms for row in counted if row.layer == layer).metrics()
+            for layer in layers
+        },
+        rows=tuple(rows),
+        skipped=tuple(skipped),
+        unmatched=tuple(unmatched),
+    )
