@@ -1,6 +1,7 @@
 # make demo     the whole story on a small trained family, in minutes
 # make test     the tests (under five minutes on two cores)
 # make check    everything that must hold before a merge: style, types, tests, slow tests
+# make bench    time and memory against mergekit and others, on a quiet machine (docs/benchmarks.md)
 # make env      only the environment; every target above makes it first
 # make docs     rewrite docs/commands from the same source as --help
 #
@@ -9,7 +10,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test slow style types check docs clean
+.PHONY: help env demo test slow style types check docs bench clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -66,6 +67,11 @@ check: style types test slow
 
 docs: env
 	$(BIN)/python -m realign_cli.pages docs/commands
+
+# Restartable: what has a result in BENCH is not measured again.
+BENCH := build/bench
+bench: env
+	$(BIN)/python -m benchmarks.streaming --work $(BENCH)
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis realign-demo
