@@ -16,6 +16,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.ticker import NullLocator, ScalarFormatter
 
 from benchmarks.streaming.page import read
 
@@ -61,7 +62,10 @@ def _compare(found: Mapping[str, Any]) -> Any:
         left.barh(place, min(start, wall["median"]), color="white", alpha=0.45, hatch="////")
         left.text(wall["max"], place, f"  {wall['median']:.1f} s", va="center")
         right.barh(place, rss, color=_colour(name))
-        right.text(rss, place, f"  {rss:.0f} MB", va="center")
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1}
+        right.annotate(
+            f"{rss:.0f} MB", (rss, place), (6, 0), textcoords="offset points", va="center", bbox=box
+        )
     left.set_yticks(places, names)
     left.invert_yaxis()
     left.set_title("Wall time (hatched: start-up and imports)", fontsize=9, loc="left")
@@ -128,6 +132,9 @@ def _memory(runs: list[Mapping[str, Any]]) -> Any:
     axis.invert_yaxis()
     axis.set_xscale("log")
     axis.set_xlim(100, None)
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xticks([each for each in (100, 200, 400, 1000, 2000, 4000) if each < 2 * max(bounds)])
+    axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.set_xlabel("peak resident memory (MB, logarithmic)")
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return figure
