@@ -51,10 +51,18 @@ def report(error: BaseException, write: Callable[[str], None]) -> int:
         return failure.exit_code
     if os.environ.get(DEBUG_VARIABLE):
         write("".join(traceback.format_exception(error)).rstrip())
-    write(f"error: {failure.message}")
-    if failure.hint:
-        write(f"  {failure.hint}".replace("\n", "\n  "))
+    write(f"error: {_printable(failure.message)}")
+    for line in failure.hint.splitlines():
+        write(f"  {_printable(line)}")
     return failure.exit_code
+
+
+def _printable(text: str) -> str:
+    """One line that no name of a file or tensor can break or colour."""
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode("ascii")
+        for each in text
+    )
 
 
 def _from_realign(error: BaseException) -> Failure | None:

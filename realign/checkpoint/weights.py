@@ -7,6 +7,7 @@ of weights in other formats (`formats`).
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -68,6 +69,10 @@ def find_weights(folder: Path, config: Mapping[str, Any] | None = None) -> Weigh
         return _sharded(folder, folder / named)
     if (folder / SINGLE_FILE).is_file():
         return _one(folder, SINGLE_FILE)
+    for path in (folder / SINGLE_FILE, folder / INDEX_FILE):
+        if os.path.lexists(path) and not path.is_file():
+            what = "a link that leads nowhere" if path.is_symlink() else "no file"
+            raise NotFoundError(f"{path} is {what}", "download or copy the weights again")
     if not (folder / INDEX_FILE).is_file():
         raise NotFoundError(*why_no_weights(folder))
     return _sharded(folder, folder / INDEX_FILE)

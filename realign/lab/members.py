@@ -90,7 +90,7 @@ def make_member(
     studio: Studio, name: str, *, family: Path, target: Path, work: Path, seed: int
 ) -> None:
     """Train one model and put its folder in place."""
-    state = work / f"{name}.state.pt"
+    state = work / f"{name}.state.safetensors"
     if name == "base":
         model = _pretrain(studio, state, seed=seed)
     elif name == "aligned":
