@@ -14,7 +14,13 @@ import torch
 from transformers import GenerationConfig
 
 from realign.errors import ModelError, UsageError
-from realign.model.batching import TOKEN_BUDGET, pad_left, plan_batches
+from realign.model.batching import (
+    TOKEN_BUDGET,
+    explained,
+    pad_left,
+    padding_matters,
+    plan_batches,
+)
 from realign.model.chat import encode
 from realign.model.loading import LoadedModel
 from realign.model.quiet import quiet_libraries
@@ -71,6 +77,9 @@ def generate(
         batch_size=batch_size,
         extra=max_new_tokens,
         token_budget=token_budget,
+        padded=not padding_matters(
+            loaded.model, sequences, pad_id=loaded.pad_id, device=loaded.device
+        ),
     )
     # Everything above runs at the call, not at the first item.
     return _run(loaded, sequences, plan, max_new_tokens=max_new_tokens, progress=progress)
@@ -113,7 +122,12 @@ def _run(
     with progress.task("generating", total=len(sequences), unit="prompts") as task:
         for indices in plan:
             batch = pad_left(sequences, indices, pad_id=loaded.pad_id, device=loaded.device)
-            with torch.no_grad(), quiet_libraries(), _own_configuration(model, settings):
+            with (
+                torch.no_grad(),
+                quiet_libraries(),
+                _own_configuration(model, settings),
+                explained(loaded.name),
+            ):
                 output = model.generate(
                     input_ids=batch.input_ids,
                     attention_mask=batch.attention_mask,

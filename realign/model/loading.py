@@ -22,6 +22,7 @@ from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -306,7 +307,7 @@ def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             "the folder; a newer transformers may know this one",
         ) from error
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = _auto_class(config).from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -332,6 +333,18 @@ def _load_weights(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         log.warning("%s: weights not used: %s", folder, _some(sorted(info["unexpected_keys"])))
     model.requires_grad_(False)
     return model
+
+
+def _auto_class(config: Any) -> Any:
+    """The library's class for text in, text out: that of causal models, where it knows the config.
+
+    Vision-language models answer plain text through their own class.
+    """
+    causal: Any = AutoModelForCausalLM
+    vision: Any = AutoModelForImageTextToText
+    if type(config) in causal._model_mapping:
+        return causal
+    return vision if type(config) in vision._model_mapping else causal
 
 
 def _attach_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:

@@ -22,9 +22,20 @@ from torch import Tensor
 
 from realign.errors import MismatchError, NonFiniteError, UsageError
 from realign.model.accumulate import Precision, Sums, standardise_tokens
-from realign.model.batching import TOKEN_BUDGET, Batch, forward, pad_flags, pad_left, plan_batches
+from realign.model.batching import (
+    TOKEN_BUDGET,
+    Batch,
+    explained,
+    forward,
+    pad_flags,
+    pad_left,
+    padding_matters,
+    plan_batches,
+)
 from realign.model.generation import check_lengths
 from realign.model.loading import LoadedModel
+from realign.model.modules import ModuleFinder
+from realign.model.moments_experts import ExpertWatch, share_rows
 from realign.progress import SILENT, Progress
 
 MomentKind = Literal["input", "output", "token"]
@@ -96,6 +107,8 @@ class MomentRequest:
     """Output features [start, stop) of a fused projection; None: all. No matter for inputs."""
     transposed: bool = False
     """The weight is stored [d_in, d_out] (GPT-2's Conv1D)."""
+    expert: int | None = None
+    """Index in a stored stack of experts; its tokens are those that are routed to it."""
 
 
 @dataclass(frozen=True)
@@ -183,33 +196,38 @@ def collect_moments(
     if precision == "auto":
         precision = "float32" if loaded.device.type == "mps" else "float64"
     check_lengths(loaded, [len(sequence.ids) for sequence in sequences])
+    ids = [sequence.ids for sequence in sequences]
+    probes, watches, missing = _plan_probes(loaded, requests, precision)
+    model: Any = loaded.model
+    body: Any = _smallest_body(model, [each.module for each in (*probes, *watches)])
     plan = plan_batches(
         [len(sequence.ids) for sequence in sequences],
         batch_size=batch_size,
         token_budget=token_budget,
+        padded=not padding_matters(body, ids, pad_id=loaded.pad_id, device=loaded.device),
     )
-    probes, missing = _plan_probes(loaded, requests, precision)
-    model: Any = loaded.model
-    body: Any = _smallest_body(model, [probe.module for probe in probes])
-    ids = [sequence.ids for sequence in sequences]
     keeps = [sequence.keep for sequence in sequences]
     run = _Run()
     handles = [
         probe.module.register_forward_hook(_hook(probe, run), with_kwargs=True) for probe in probes
+    ]
+    handles += [
+        watch.module.register_forward_pre_hook(watch.hook(lambda: run.keep), with_kwargs=True)
+        for watch in watches
     ]
     try:
         with progress.task("collecting activations", total=len(ids), unit="sequences") as task:
             for indices in plan:
                 batch = pad_left(ids, indices, pad_id=loaded.pad_id, device=loaded.device)
                 run.start(batch, pad_flags(keeps, indices, batch=batch))
-                with torch.no_grad():
+                with torch.no_grad(), explained(loaded.name):
                     forward(body, batch)
                 task.advance(len(indices))
     finally:
         run.recent.clear()
         for handle in handles:
             handle.remove()
-    return _results(probes, missing)
+    return _results(probes, watches, missing)
 
 
 @dataclass
@@ -312,29 +330,41 @@ def _without_bias(probe: _Probe, x_nd: Tensor, y_no: Tensor) -> Tensor:
 
 def _plan_probes(
     loaded: LoadedModel, requests: Mapping[str, MomentRequest], precision: Precision
-) -> tuple[list[_Probe], dict[str, str]]:
-    model: Any = loaded.model
-    modules: dict[str, Any] = dict(model.named_modules())
-    prefix = str(getattr(model, "base_model_prefix", ""))
+) -> tuple[list[_Probe], list[ExpertWatch], dict[str, str]]:
+    finder = ModuleFinder(loaded.model)
     probes: dict[tuple[MomentKind, str, tuple[int, int] | None], _Probe] = {}
+    watches: dict[str, ExpertWatch] = {}
     missing: dict[str, str] = {}
     for key, request in requests.items():
-        path = request.module_path
-        # Checkpoints of the bare decoder omit the prefix that the causal model adds.
-        known = [p for p in (path, f"{prefix}.{path}", path.removeprefix(f"{prefix}.")) if p]
-        found = next((p for p in known if p in modules), None)
-        if found is None:
-            missing[key] = f"the model has no module {path}"
+        home = finder.find(request.module_path)
+        if home is None:
+            missing[key] = f"the model has no module {request.module_path}"
+            continue
+        module = finder.module(home)
+        expert = request.expert if home.expert is None else home.expert
+        if expert is not None:
+            watch = watches.setdefault(home.path, ExpertWatch(home.path, module, precision))
+            if watch.failure:
+                missing[key] = f"{home.path}: {watch.failure}"
+                continue
+            watch.request(
+                key,
+                expert=expert,
+                parameter=home.parameter,
+                kind=request.kind,
+                rows=request.rows or share_rows(module, home.parameter, home.share),
+            )
+            continue
+        if home.parameter != "weight":
+            missing[key] = f"{home.path}.{home.parameter} is no module of its own"
             continue
         rows = None if request.kind == "input" else request.rows
         probe = probes.setdefault(
-            (request.kind, found, rows),
-            _Probe(
-                request.kind, found, modules[found], rows, request.transposed, precision, keys=[]
-            ),
+            (request.kind, home.path, rows),
+            _Probe(request.kind, home.path, module, rows, request.transposed, precision, keys=[]),
         )
         probe.keys.append(key)
-    return list(probes.values()), missing
+    return list(probes.values()), [each for each in watches.values() if each.probes], missing
 
 
 def _smallest_body(model: Any, modules: list[Any]) -> Any:
@@ -344,7 +374,9 @@ def _smallest_body(model: Any, modules: list[Any]) -> Any:
     return body if all(id(module) in inside for module in modules) else model
 
 
-def _results(probes: list[_Probe], missing: dict[str, str]) -> MomentSet:
+def _results(
+    probes: list[_Probe], watches: list[ExpertWatch], missing: dict[str, str]
+) -> MomentSet:
     finished: dict[int, Moments] = {}
     moments: dict[str, Moments] = {}
     for probe in probes:
@@ -354,21 +386,29 @@ def _results(probes: list[_Probe], missing: dict[str, str]) -> MomentSet:
             if source.sums is None:
                 failure = "the module never ran"
             else:
-                finished[id(source)] = _finish(source)
+                finished[id(source)] = _finish(source.sums, source.kind, source.path)
+                source.sums = None  # one copy at a time
         if failure:
             missing.update(dict.fromkeys(probe.keys, f"{probe.path}: {failure}"))
             continue
         moments.update(dict.fromkeys(probe.keys, finished[id(source)]))
+    for watch in watches:
+        for each in watch.probes.values():
+            sums, each.sums = each.sums, None
+            if watch.failure or sums is None:
+                reason = watch.failure or "the module never ran"
+                missing.update(dict.fromkeys(each.keys, f"{watch.path}: {reason}"))
+                continue
+            path = f"{watch.path}.{each.expert}"
+            moments.update(dict.fromkeys(each.keys, _finish(sums, each.kind, path)))
     return MomentSet(moments, missing)
 
 
-def _finish(probe: _Probe) -> Moments:
-    assert probe.sums is not None
-    result = Moments(*probe.sums.finish(), probe.kind)
-    probe.sums = None  # one copy at a time
+def _finish(sums: Sums, kind: MomentKind, path: str) -> Moments:
+    result = Moments(*sums.finish(), kind)
     if not bool(torch.isfinite(result.s2).all()):
         raise NonFiniteError(
-            f"{probe.path}: its activations are not finite",
+            f"{path}: its activations are not finite",
             "the model may overflow in its dtype: load it in bfloat16 or float32",
         )
     return result

@@ -22,7 +22,7 @@ from realign.audit.judges import keyword_judge
 from realign.audit.suites import Suite
 from realign.checkpoint.layouts import locate, original
 from realign.checkpoint.reader import Checkpoint
-from realign.checkpoint.slots import slot_shape
+from realign.checkpoint.slots import Slot, slot_shape
 from realign.errors import CheckpointError, ModelError, OutputError, SuiteError
 from realign.model.chat import encode
 from realign.model.generation import generate
@@ -44,7 +44,7 @@ from realign.repair.request import Inputs, RepairRequest
 MAX_REPLY_TOKENS = 128
 """An anchor's answer is cut here: a refusal has said what it says by then."""
 
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 """Raised when the same inputs would give other statistics."""
 
 
@@ -223,8 +223,16 @@ def moment_requests(
                 module_path=place.tensor.removesuffix(".weight"),
                 rows=place.rows,
                 transposed=place.transposed,
+                expert=_expert(place),
             )
     return requests
+
+
+def _expert(place: Slot) -> int | None:
+    """Index of the expert that a logical matrix belongs to, where experts are stacked."""
+    if place.span is not None:
+        return place.span[0] // (place.span[1] - place.span[0])
+    return place.expert
 
 
 def cache_folder(asked: str | Path | None = None) -> Path:

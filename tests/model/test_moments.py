@@ -245,7 +245,7 @@ def test_what_cannot_be_collected_is_said() -> None:
     )
     model = MixtralForCausalLM(config).eval()
     requests = {
-        "expert": MomentRequest("input", "model.layers.0.block_sparse_moe.experts.0.w1"),
+        "expert": MomentRequest("input", "model.layers.0.block_sparse_moe.experts.0.w9"),
         "embedding": MomentRequest("output", "model.embed_tokens"),
         "q": MomentRequest("output", "model.layers.0.self_attn.q_proj"),
     }
@@ -295,7 +295,7 @@ def test_hooks_are_removed_even_after_an_error() -> None:
     model = llama(positions=8)
     requests = {"q": MomentRequest("input", f"{LAYER}.self_attn.q_proj")}
     bad = [TokenSequence((8, 99), (True, True))]  # no such token
-    with pytest.raises(IndexError):
+    with pytest.raises(ModelError, match="IndexError"):
         collect_moments(loaded(model), bad, requests=requests)
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(ModelError, match="positions"):
