@@ -256,9 +256,12 @@ def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:
     if known is not None:
         return known
     if folders:
+        at = f" in {place}" if reference.subfolder else " at its top"
+        first = reference.model if folders[0] == "." else f"hf://{reference.model}/{folders[0]}"
+        held = ", ".join("its top" if name == "." else name for name in folders[:3])
         return (
-            f"{reference.text} holds no safetensors weights at its top",
-            f"it has some in {', '.join(folders[:3])}: name hf://{reference.model}/{folders[0]}",
+            f"{reference.text} holds no safetensors weights{at}",
+            f"it has some in {held}: name {first}, or check the subfolder",
         )
     return f"{reference.text} holds no safetensors weights", "check the id and the subfolder"
 

@@ -156,7 +156,8 @@ class OutputFolder:
             with suppress(FileExistsError):
                 self.partial.mkdir()
             try:
-                self._lock = os.open(self.partial, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
+                self._lock = os.open(self.partial, flags)
             except FileNotFoundError:
                 continue  # the other run has just renamed or removed it
             try:
