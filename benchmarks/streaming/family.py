@@ -226,7 +226,7 @@ def _sidecars(folder: Path, shape: Shape, role: str) -> None:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": False,
-        "torch_dtype": "bfloat16",
+        "dtype": "bfloat16",
         "bos_token_id": 1,
         "eos_token_id": 2,
         "_name_or_path": f"synthetic/{role}",

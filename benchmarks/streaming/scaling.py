@@ -49,7 +49,7 @@ def series(names: Sequence[str]) -> Iterable[Step]:
         shape = SHAPES[name.rstrip("+")]
         if name.endswith("+"):
             shape = replace(shape, layers=2 * shape.layers)
-        spectral = name.startswith(("toy", "0.1b"))
+        spectral = name.startswith("0.1b")
         yield Step(name, shape, ("resta", "delta_svd") if spectral else ("resta",))
 
 
