@@ -33,21 +33,23 @@ Everything that can go wrong on purpose is a `realign.errors.RealignError`: one 
 
 from __future__ import annotations
 
-# `realign.repair` and `realign.audit` are rooms of the library and also its two main functions. The
-# packages (docstrings only) are imported first, which binds them here; the functions of `api` then
-# take the names over. Later imports of `realign.audit.x` find the package in `sys.modules` and do
-# not touch these names again. So `from realign.audit.schema import Report` works as ever, and
+# `realign.repair`, `realign.audit` and `realign.diff` are rooms of the library and also functions.
+# The packages (docstrings only) are imported first, which binds them here; the functions of `api`
+# then take the names over. Later imports of `realign.audit.x` find the package in `sys.modules` and
+# do not touch these names again. So `from realign.audit.schema import Report` works as ever, and
 # `realign.audit` is the function.
 import realign.audit  # pyright: ignore[reportUnusedImport]
+import realign.diff  # pyright: ignore[reportUnusedImport]
 import realign.repair  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from realign._version import __version__
-from realign.api import audit, open_checkpoint, plan, repair
+from realign.api import audit, diff, open_checkpoint, plan, repair
 from realign.errors import RealignError
 
 __all__ = [
     "RealignError",
     "__version__",
     "audit",
+    "diff",
     "open_checkpoint",
     "plan",
     "repair",

@@ -1,4 +1,4 @@
-"""The public functions: repair, plan, audit, open_checkpoint.
+"""The public functions: repair, plan, audit, diff, open_checkpoint.
 
 Each wraps one entry point of a room and takes plain values: paths, names, numbers. Everything heavy
 is imported inside the functions, so that `import realign` costs nothing and `realign --help` is
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from realign.audit.schema import Report
     from realign.audit.suites import Suite
     from realign.checkpoint.reader import Checkpoint
+    from realign.diff.compare import Difference
     from realign.repair.engine import RepairResult
     from realign.repair.plan import Plan
 
@@ -213,6 +214,60 @@ def audit(
         manifest = read_manifest(Path(repaired))
     write_report_files(report, request.out, manifest=manifest)
     return report
+
+
+def diff(
+    a: str | Path,
+    b: str | Path,
+    *,
+    reference: str | Path | None = None,
+    spectra: bool | None = None,
+    directions: int = 8,
+    only: Sequence[str] = (),
+    offline: bool = False,
+    progress: Progress = SILENT,
+) -> Difference:
+    """Show what changed between two checkpoints, tensor by tensor, streamed.
+
+    Args:
+        a: the first checkpoint, as for `repair`; relative change is relative to it.
+        b: the second.
+        reference: a third one R, usually an ancestor of A: also give cos(B - A, A - R).
+        spectra: decompose the change of every matrix (True), of none (False), or of those whose
+            smaller side is at most 256 (None).
+        directions: singular values to keep of each matrix.
+        only: patterns of tensor names with * and ?; empty takes all.
+        offline: resolve Hub ids from the local cache only.
+        progress: shows bytes compared.
+
+    Returns:
+        One row per tensor, sums per layer and module, and the small files that differ.
+
+    Raises:
+        RealignError: a checkpoint cannot be read, or the architectures differ.
+    """
+    from contextlib import ExitStack
+
+    from realign.checkpoint.reader import open_checkpoint as open_by_headers
+    from realign.diff.compare import compare
+
+    with ExitStack() as stack:
+        one, two, third = (
+            None
+            if each is None
+            else stack.enter_context(open_by_headers(each, offline=offline, progress=progress))
+            for each in (a, b, reference)
+        )
+        assert one is not None and two is not None
+        return compare(
+            one,
+            two,
+            reference=third,
+            spectra="small" if spectra is None else "all" if spectra else "none",
+            directions=directions,
+            only=only,
+            progress=progress,
+        )
 
 
 def open_checkpoint(

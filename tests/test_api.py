@@ -16,7 +16,7 @@ from support.cli_support import FAMILY, model, suite
 import realign
 from realign import api
 
-NAMES = {"RealignError", "__version__", "audit", "open_checkpoint", "plan", "repair"}
+NAMES = {"RealignError", "__version__", "audit", "diff", "open_checkpoint", "plan", "repair"}
 
 
 def test_all_is_exactly_the_public_names() -> None:
@@ -26,7 +26,7 @@ def test_all_is_exactly_the_public_names() -> None:
         assert getattr(realign, name) is not None
 
 
-@pytest.mark.parametrize("name", ["audit", "open_checkpoint", "plan", "repair"])
+@pytest.mark.parametrize("name", ["audit", "diff", "open_checkpoint", "plan", "repair"])
 def test_functions_are_functions_with_documented_keyword_only_options(name: str) -> None:
     function = getattr(realign, name)
     assert inspect.isfunction(function), f"realign.{name} is the function, not the package"
@@ -36,7 +36,7 @@ def test_functions_are_functions_with_documented_keyword_only_options(name: str)
         for each in signature.parameters.values()
         if each.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD
     ]
-    assert len(positional) == 1
+    assert len(positional) == (2 if name == "diff" else 1)
     documentation = inspect.getdoc(function) or ""
     for parameter in signature.parameters:
         assert f"{parameter}:" in documentation, f"{name} does not explain {parameter}"
@@ -47,7 +47,8 @@ def test_rooms_stay_importable_beside_the_functions_of_their_names() -> None:
     code = (
         "import realign, realign.audit.suites\n"
         "from realign.audit.schema import Report\nfrom realign.repair.record import TensorRow\n"
-        "assert callable(realign.audit) and callable(realign.repair)\n"
+        "from realign.diff.terms import Terms\n"
+        "assert all(map(callable, (realign.audit, realign.diff, realign.repair)))\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from realign._version import __version__
 from realign.checkpoint.headers import FLOATS
+from realign.checkpoint.layouts import conform
 from realign.checkpoint.reader import Checkpoint
 from realign.diff.files import FileChange, compare_files
 from realign.diff.pairs import Pair, Status, pair_tensors, require_one_architecture
@@ -227,14 +228,17 @@ def compare(
         HeaderError: a file ended early.
     """
     require_one_architecture(a, b)
+    shown = conform(b, a)  # fused as A is fused, split as A is split
+    ancestor = reference
     if reference is not None:
         require_one_architecture(a, reference)
-    pairs = pair_tensors(a, b, only=only)
-    terms = _measure(pairs, a, b, reference, piece_bytes, progress)
+        ancestor = conform(reference, a)
+    pairs = pair_tensors(a, shown, only=only)
+    terms = _measure(pairs, a, shown, ancestor, piece_bytes, progress)
     rows = [_row(pair, terms.get(pair.name)) for pair in pairs]
     if spectra != "none":
         rows = _with_spectra(
-            rows, a, b, SMALL if spectra == "small" else None, directions, progress
+            rows, a, shown, SMALL if spectra == "small" else None, directions, progress
         )
     return Difference(
         a=Side.of(a),
@@ -244,7 +248,7 @@ def compare(
         files=compare_files(a, b),
         spectra=spectra,
         only=tuple(only),
-        remarks=tuple(dict.fromkeys(_remarks(a, b, rows))),
+        remarks=tuple(dict.fromkeys(_remarks(a, shown, rows))),
     )
 
 
