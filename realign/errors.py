@@ -6,6 +6,7 @@
     |-- CheckpointError               something is wrong with a checkpoint
     |   |-- NotFoundError             the path or Hub id does not lead to a checkpoint
     |   |-- HeaderError               truncated, corrupt or hostile safetensors or index
+    |   |-- InputChangedError         a file was written to while it was being read
     |   |-- MismatchError             checkpoints do not fit each other: names, shapes, dtypes
     |   `-- NonFiniteError            NaN or infinity where numbers must be finite
     |-- NothingToDoError              visible before any tensor is read: aligned = base, ...
@@ -67,6 +68,10 @@ class NotFoundError(CheckpointError):
 
 class HeaderError(CheckpointError):
     """A safetensors file or index that is truncated, corrupt or hostile."""
+
+
+class InputChangedError(CheckpointError):
+    """An input file was written to, replaced or removed while a run was reading it."""
 
 
 class MismatchError(CheckpointError):

@@ -11,7 +11,7 @@ head of its own and its config says so.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
 from types import MappingProxyType
@@ -20,8 +20,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from realign.checkpoint.hashing import StreamHashes
 from realign.checkpoint.headers import TensorInfo, read_header
 from realign.checkpoint.lora import Factors, parse_lora_config
+from realign.checkpoint.manifest import sha256_file
 from realign.checkpoint.pairing import (
     ADAPTER_WEIGHTS,
     Change,
@@ -70,6 +72,7 @@ class AdapterCheckpoint(Checkpoint):
         self._block: tuple[str, int, Tensor] | None = None
         self._factors: tuple[str, list[Factors]] | None = None
         self._hashes: Mapping[str, str] | None = None
+        self._digest: Callable[[Path], str] = sha256_file
         header = read_header(_weights(folder))
         pairing = Pairing(base, self.lora, folder)
         for name, info in header.tensors.items():
@@ -190,11 +193,16 @@ class AdapterCheckpoint(Checkpoint):
         self._block = self._factors = None
         self.base.close()
 
+    def watch(self, hashes: StreamHashes) -> None:
+        """See `Checkpoint.watch`; the base's files are watched, too."""
+        self._files.observer, self._digest = hashes.feed, hashes.digest
+        self.base.watch(hashes)
+
     def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
         """The adapter's own files by name, the base's as "base/NAME". Computed once."""
         if self._hashes is None:
             files = (self.weight_files[-1], self.folder / ADAPTER_CONFIG)
-            own = hash_files(self.folder, files, progress)
+            own = hash_files(self.folder, files, progress, digest=self._digest)
             base = self.base.file_hashes(progress)
             self._hashes = MappingProxyType(
                 {**own, **{f"base/{name}": digest for name, digest in base.items()}}

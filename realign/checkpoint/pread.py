@@ -7,7 +7,7 @@ while it is streamed; a buffer is freed as soon as its tensor is.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -26,6 +26,8 @@ class TensorFiles:
     """Open files, one handle each, read from any thread."""
 
     def __init__(self) -> None:
+        self.observer: Callable[[Path, int, memoryview], None] | None = None
+        """Called with all that is read, in the thread that reads: file, position, bytes."""
         self._handles: dict[Path, int] = {}
         self._lock = Lock()
 
@@ -76,6 +78,8 @@ class TensorFiles:
                     "make sure that nothing writes to the folder, then run again",
                 )
             done += count
+        if self.observer is not None:
+            self.observer(info.file, offset, buffer)
 
     def _handle(self, file: Path) -> int:
         with self._lock:

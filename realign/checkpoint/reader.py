@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, cast
 from torch import Tensor
 
 from realign.checkpoint.formats import refuse_quantised_config
+from realign.checkpoint.hashing import StreamHashes
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.hub import resolve
 from realign.checkpoint.manifest import sha256_file
@@ -76,6 +77,13 @@ class Checkpoint(ABC):
     def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
         """SHA-256 of every weight file and of config and tokenizer files, by relative name."""
 
+    def watch(self, hashes: StreamHashes) -> None:
+        """Let `hashes` see what is read of weight files; it then answers for their SHA-256.
+
+        A checkpoint that does not say what it reads has its files read once more for that.
+        """
+        return
+
     @abstractmethod
     def sidecars(self) -> Mapping[str, Path | bytes]:
         """The small files of an output made from this checkpoint, by relative name.
@@ -109,6 +117,7 @@ class FolderCheckpoint(Checkpoint):
         self.tensors = MappingProxyType(self._without_tied_copy(dict(tensors)))
         self.config = MappingProxyType({**self.config, **self._says_more})
         self._hashes: Mapping[str, str] | None = None
+        self._digest: Callable[[Path], str] = sha256_file
 
     def _without_tied_copy(self, tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
         """Drop a stored head that only repeats the embeddings it is tied to.
@@ -144,10 +153,14 @@ class FolderCheckpoint(Checkpoint):
         """See `Checkpoint.close`."""
         self._files.close()
 
+    def watch(self, hashes: StreamHashes) -> None:
+        """See `Checkpoint.watch`."""
+        self._files.observer, self._digest = hashes.feed, hashes.digest
+
     def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
         """See `Checkpoint.file_hashes`. Computed once per instance."""
         if self._hashes is None:
-            self._hashes = hash_files(self.folder, self.weight_files, progress)
+            self._hashes = hash_files(self.folder, self.weight_files, progress, digest=self._digest)
         return self._hashes
 
     def sidecars(self) -> Mapping[str, Path | bytes]:
@@ -164,7 +177,11 @@ def dump_config(config: Mapping[str, Any]) -> bytes:
 
 
 def hash_files(
-    folder: Path, others: tuple[Path, ...], progress: Progress = SILENT
+    folder: Path,
+    others: tuple[Path, ...],
+    progress: Progress = SILENT,
+    *,
+    digest: Callable[[Path], str] = sha256_file,
 ) -> Mapping[str, str]:
     """SHA-256 of the small files of a folder and of `others` in it, by relative name."""
     small = folder_sidecars(folder).values()
@@ -174,7 +191,7 @@ def hash_files(
     ) as task:
         hashes: dict[str, str] = {}
         for file in files:
-            hashes[file.relative_to(folder).as_posix()] = sha256_file(file)
+            hashes[file.relative_to(folder).as_posix()] = digest(file)
             task.advance(file.stat().st_size)
     return MappingProxyType(hashes)
 

@@ -33,7 +33,7 @@ class Effect:
 
     numel: int = 0
     changed: int = 0  # entries whose stored value differs from the fine-tune's
-    max_edit: float = 0.0  # max |tE|
+    max_edit: float = 0.0  # max |tE|, or a lower bound of it that is 0 only where E is
     edit_sq: float = 0.0  # <tE, tE>
     realised: float = 0.0  # <R, tE>
     finetuned_sq: float = 0.0  # <W_f, W_f>
@@ -53,6 +53,12 @@ class Effect:
             edit_task=_plus(self.edit_task, other.edit_task, empty=not self.numel),
             safety_sq=_plus(self.safety_sq, other.safety_sq, empty=not self.numel),
         )
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether all sums are finite: then so is every entry that went into them."""
+        sums = (self.edit_sq, self.realised, self.finetuned_sq, self.task_sq, self.safety_sq)
+        return all(each is None or math.isfinite(each) for each in sums)
 
     @property
     def survival(self) -> float | None:

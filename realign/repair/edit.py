@@ -130,6 +130,23 @@ class Dense:
         return self.delta
 
 
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """What an element-wise method says of all its edits at once: E = factor (W_aligned - W_minus).
+
+    Attributes:
+        factor: of the whole difference, above 0.
+        minus: role of the checkpoint that is subtracted.
+        zero: why a tensor is unchanged where the difference is zero.
+        exact: W' is W_aligned itself at strength 1; see `Dense.target`.
+    """
+
+    factor: float
+    minus: str
+    zero: str
+    exact: bool = False
+
+
 Edit: TypeAlias = Unchanged | LowRank | Dense
 
 

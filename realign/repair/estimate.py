@@ -7,12 +7,13 @@ what was measured say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from realign.checkpoint.matching import Matching, TensorPair
+from realign.checkpoint.headers import TensorInfo
+from realign.checkpoint.matching import Matching
 from realign.checkpoint.reader import Checkpoint
-from realign.checkpoint.slots import slot_shape
+from realign.checkpoint.slots import Slot, slot_shape, stored_rows
 from realign.repair.method import Method
 from realign.repair.request import Inputs
 
@@ -22,8 +23,24 @@ INTERPRETER_BYTES = 225 * 2**20
 MODEL_LIBRARY_BYTES = 150 * 2**20
 """What transformers adds, where a model is run."""
 
-STREAM_BYTES = 4 * 2**20
-"""Tensors that are copied or edited entry by entry are read in chunks of about this size."""
+STREAM_BYTES = 2**20
+"""Tensors that are copied or edited entry by entry are read in chunks of about this size, which
+stay in the processor's cache on their way from the file through hash and arithmetic to the file."""
+
+STREAM_BUDGET = 32 * 2**20
+"""Chunks under way together, read ahead and waiting to be written included."""
+
+MEMORY_LIMIT = 400 * 10**6
+"""Resident memory that no repair exceeds but for `MATRIX_SHARE` of its largest matrix."""
+
+MATRIX_SHARE = 6
+"""Times the largest decomposed matrix in float32."""
+
+
+WORKERS = 2
+"""Matrices decomposed at once on the processor, where memory allows."""
+
+_LIBRARY_BUFFERS = 20 * 2**20  # measured: threads, the libraries' own buffers, freed memory kept
 
 
 @dataclass(frozen=True)
@@ -31,7 +48,7 @@ class Estimate:
     """What the run is expected to move and to hold, in bytes."""
 
     read: int
-    """Tensors, and every weight file once more for its hash in the manifest."""
+    """Every weight file once; what no edit needs is read for its hash in the manifest."""
     written: int
     peak_memory: int
     """Resident memory at its highest, the interpreter included."""
@@ -57,23 +74,21 @@ def estimate_repair(
         patch: whether only the edit is written.
     """
     finetuned = inputs.finetuned
-    read = written = held = largest = 0
+    written = held = largest = 0
     for pair in matching.pairs:
         info = finetuned.tensors[pair.role.name]
         written += info.nbytes
-        if pair.action == "copy":
-            read += 0 if patch else info.nbytes
+        if pair.action == "copy" or method.elementwise:
             continue
-        read += info.nbytes + sum(other.tensors[pair.role.name].nbytes for other in used.values())
-        if not method.elementwise:
-            matrix, peak = _matrix_bytes(pair, info.shape, info.nbytes, inputs=1 + len(used))
-            largest, held = max(largest, matrix), max(held, peak)
-    checkpoints = [finetuned, *used.values()]
-    files = {file for checkpoint in checkpoints for file in checkpoint.weight_files}
-    read += sum(file.stat().st_size for file in files)
-    # Measured: a set of chunks in work and one read ahead take three times their size, because the
-    # allocator keeps what two threads free; hashing and the libraries' own buffers take the rest.
-    held = max(held, STREAM_BYTES * 6 * len(checkpoints)) + 20 * 2**20
+        for slot in pair.slots:
+            largest = max(largest, math.prod(slot_shape(info.shape, slot)))
+            rows = stored_rows(slot, info.shape)
+            held = max(held, block_bytes(info, rows, (slot,), inputs=1 + len(used)))
+    files = [file for each in (finetuned, *used.values()) for file in each.weight_files]
+    read = sum(file.stat().st_size for file in files)
+    if not method.elementwise:
+        held = min(matrix_budget(largest, held), WORKERS * held)
+    held += STREAM_BUDGET + _LIBRARY_BUFFERS
     if method.needs_anchors:
         model = sum(info.nbytes for info in used["aligned"].tensors.values())
         read += model
@@ -87,21 +102,60 @@ def estimate_repair(
     )
 
 
-def _matrix_bytes(
-    pair: TensorPair, shape: tuple[int, ...], nbytes: int, *, inputs: int
-) -> tuple[int, int]:
-    """Entries of the largest matrix of a tensor, and the bytes held while it is decomposed."""
-    numel = max(1, math.prod(shape))
-    itemsize = max(1, nbytes // numel)
-    best = (0, 0)
-    for slot in pair.slots:
-        d_out, d_in = slot_shape(shape, slot)
-        entries, smaller = d_out * d_in, min(d_out, d_in)
-        # Every checkpoint twice (one set is read ahead), the result; two float32 differences and
-        # one of scratch; in float64 the Gram, its eigenvectors, their copy and LAPACK's workspace.
-        peak = entries * (itemsize * (2 * inputs + 1) + 12) + smaller * smaller * 8 * 6
-        best = max(best, (entries, peak), key=lambda each: each[1])
-    return best
+def block_bytes(
+    info: TensorInfo, rows: tuple[int, int], slots: Sequence[Slot], *, inputs: int
+) -> int:
+    """Bytes held while the matrices in some stored rows are edited, one after the other.
+
+    Args:
+        info: the stored tensor.
+        rows: the range of its first dimension that is read.
+        slots: the matrices that lie in it.
+        inputs: how many checkpoints are read, the fine-tune included.
+    """
+    share = (rows[1] - rows[0]) / max(1, info.shape[0] if info.shape else 1)
+    stored = int(info.nbytes * share)  # every checkpoint, and the result
+    return stored * (inputs + 1) + max(_working_bytes(info.shape, slot) for slot in slots)
+
+
+def _working_bytes(shape: tuple[int, ...], slot: Slot) -> int:
+    """Beside what is stored: two float32 differences and the edit; the Gram and its vectors."""
+    d_out, d_in = slot_shape(shape, slot)
+    return 12 * d_out * d_in + 16 * min(d_out, d_in) ** 2
+
+
+def matrix_budget(largest: int, cost: int) -> int:
+    """Bytes that matrices under way together may cost.
+
+    Args:
+        largest: entries of the largest matrix.
+        cost: what the costliest one holds, which is always admitted alone.
+    """
+    allowed = MEMORY_LIMIT + MATRIX_SHARE * 4 * largest
+    return max(cost, allowed - INTERPRETER_BYTES - STREAM_BUDGET - _LIBRARY_BUFFERS)
+
+
+def device_bytes(matching: Matching, inputs: Inputs, roles: Sequence[str]) -> int:
+    """Memory of an accelerator that the largest matrix of a plan needs while it is edited.
+
+    Args:
+        matching: what is edited.
+        inputs: the open checkpoints.
+        roles: those that are read beside the fine-tune.
+    """
+    tensors = inputs.finetuned.tensors
+    needed = 0
+    for pair in matching.pairs:
+        if pair.action != "edit":
+            continue
+        info = tensors[pair.role.name]
+        itemsize = info.nbytes // max(1, info.numel)
+        for slot in pair.slots:
+            d_out, d_in = slot_shape(info.shape, slot)
+            # As on the host; and the solver there works on copies of the Gram matrix.
+            entries, gram = d_out * d_in, 8 * min(d_out, d_in) ** 2
+            needed = max(needed, entries * (itemsize * (len(roles) + 2) + 16) + 5 * gram)
+    return needed
 
 
 def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:

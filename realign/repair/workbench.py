@@ -36,6 +36,7 @@ from realign.model.moments import (
 )
 from realign.model.moments_file import StoredMoments, save_moments
 from realign.progress import SILENT, Progress
+from realign.repair.cache import cache_folder
 from realign.repair.method import Statistics
 from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors
 from realign.repair.record import versions
@@ -233,30 +234,6 @@ def _expert(place: Slot) -> int | None:
     if place.span is not None:
         return place.span[0] // (place.span[1] - place.span[0])
     return place.expert
-
-
-def cache_folder(asked: str | Path | None = None) -> Path:
-    """Where statistics are kept: as asked, REALIGN_CACHE, or realign/ in the user's cache.
-
-    Made for the user alone. One that exists keeps its rights: the files in it are private.
-
-    Raises:
-        OutputError: the folder cannot be made.
-    """
-    if asked is None:
-        asked = os.environ.get("REALIGN_CACHE")
-    if asked is None:
-        home = os.environ.get("XDG_CACHE_HOME")
-        asked = (Path(home) if home else Path.home() / ".cache") / "realign"
-    folder = Path(asked)
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(
-            f"the cache folder {folder} cannot be made ({error.strerror})",
-            "name another one in the environment variable REALIGN_CACHE",
-        ) from error
-    return folder
 
 
 def model_identity(checkpoint: Checkpoint, progress: Progress = SILENT) -> str:

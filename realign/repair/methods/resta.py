@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from realign.repair.edit import Dense, Edit, Layer, Unchanged, VectorKind
+from realign.repair.edit import Dense, Difference, Edit, Layer, Unchanged, VectorKind
 from realign.repair.method import Card, Method, Scope, Statistics
 from realign.repair.parameters import Choice, Real, parameter
 
@@ -56,6 +56,13 @@ class Resta(Method):
         source="the paper takes `unaligned`",
     )
     """Aligned minus unaligned or aligned minus base; `auto` takes the paper's if it was given."""
+
+    def linear_edit(self) -> Difference | None:
+        """Return gamma delta_safe."""
+        kind = self.vector_kind
+        if kind is None or self.gamma == 0.0:
+            return None
+        return Difference(factor=self.gamma, minus=kind, zero="safety vector is zero")
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = gamma delta_safe, in the shape of the tensor or chunk."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from realign.repair.edit import Dense, Edit, Layer, Unchanged
+from realign.repair.edit import Dense, Difference, Edit, Layer, Unchanged
 from realign.repair.method import Card, Method, Scope, Statistics
 from realign.repair.parameters import Real, parameter
 from realign.subspace.vectors import difference
@@ -44,6 +44,17 @@ class WiseFt(Method):
         0.5, Real(0.0, 1.0), symbol="a", source="arXiv 2412.19512 by public summaries"
     )
     """How far to go: 0 is the fine-tune, 1 the aligned model."""
+
+    def linear_edit(self) -> Difference | None:
+        """Return a (Wa - Wf)."""
+        if self.a == 0.0:
+            return None
+        return Difference(
+            factor=self.a,
+            minus="finetuned",
+            zero="task vector is zero",
+            exact=self.a == 1.0,
+        )
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = a (Wa - Wf), in the shape of the tensor or chunk."""

@@ -1,0 +1,235 @@
+"""Editing one piece: the method's edit, applied and checked, and what is said of it.
+
+`Editor.edit` depends on its piece alone, so pieces may be edited in any order and in any thread.
+What the chunks of one tensor add up to is put together afterwards, in order, by `Ledger`. Here:
+matrices and chunks. Not here: where pieces come from (`stream`), the fast form of differences
+(`entries`), the arithmetic of applying an edit (`apply`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from realign.checkpoint.slots import Slot, logical_matrix
+from realign.errors import CheckpointError, ModelError
+from realign.repair.apply import CHUNK_ELEMENTS, Effect, apply_edit, row_chunks, unchanged_effect
+from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
+from realign.repair.entries import EntryWork
+from realign.repair.lanes import Lane, Lanes
+from realign.repair.method import Statistics
+from realign.repair.plan import Plan
+from realign.repair.record import TensorRow, edited_row
+from realign.repair.stream import Cut, Piece
+from realign.repair.verify import check_input, check_output
+
+
+@dataclass(frozen=True, eq=False)
+class EditedMatrix:
+    """What was done to one logical matrix, or to a tensor that was edited entry by entry."""
+
+    slot: Slot
+    edit: Edit
+    row: TensorRow
+
+
+@dataclass(frozen=True, eq=False)
+class EditedPiece:
+    """Rows ready to be written, and what was done to them."""
+
+    cut: Cut
+    stored: Tensor
+    """In the layout and dtype of the file."""
+    done: tuple[EditedMatrix, ...] = ()
+    """The matrices in it."""
+    share: tuple[Edit, Effect] | None = None
+    """What the chunk adds to a tensor that is edited entry by entry."""
+
+
+class Editor:
+    """Applies a method to pieces and checks what came of it; safe to call from several threads."""
+
+    def __init__(self, plan: Plan, statistics: Statistics) -> None:
+        self._plan = plan
+        self._statistics = statistics
+        # Element-wise work stays on the CPU: over PCIe (25 GB/s each way at best) moving three
+        # tensors there and one back takes longer than the 5 GB/s per core that it runs at here.
+        device = torch.device("cpu" if plan.method.elementwise else plan.device)
+        self._lanes = Lanes(device)
+        linear = plan.method.linear_edit() if plan.method.elementwise else None
+        self._entries = None
+        if linear is not None:
+            vector = plan.method.vector_kind
+            self._entries = EntryWork(linear, vector=vector, strength=plan.strength)
+
+    def edit(self, piece: Piece) -> EditedPiece:
+        """Edit one piece, or pass its copy through.
+
+        Raises:
+            NonFiniteError: what was read, or what would be written, is not finite.
+            CheckpointError: a decomposition does not converge.
+            ModelError: the accelerator's memory is too small.
+        """
+        cut, role = piece.cut, piece.cut.pair.role
+        if cut.edit and self._entries is not None and self._entries.fits(piece.tensors):
+            stored, edit, effect = self._entries.edit(piece.tensors)
+            if effect.is_finite:  # then so is all that was read and written: no pass of its own
+                return EditedPiece(cut, stored, share=(edit, effect))
+        if role.kind != "buffer":  # a stored attention mask may hold -inf
+            for label, tensor in piece.tensors.items():
+                source = self._plan.inputs[label].source
+                check_input(tensor, name=role.name, role=label, source=source)
+        if not cut.edit:
+            return EditedPiece(cut, piece.tensors["finetuned"])
+        edited = self._edit_matrices(piece) if cut.slots else self._edit_entries(piece)
+        check_output(edited.stored, name=role.name, dtype=str(edited.stored.dtype))
+        return edited
+
+    def _edit_matrices(self, piece: Piece) -> EditedPiece:
+        stored = torch.empty_like(piece.tensors["finetuned"])
+        done: list[EditedMatrix] = []
+        for slot in piece.cut.slots:
+            views = {label: logical_matrix(each, slot) for label, each in piece.tensors.items()}
+            try:
+                edit, effect = self._lanes.run(
+                    partial(self._edit_matrix, slot, views, logical_matrix(stored, slot))
+                )
+            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+                raise CheckpointError(
+                    f"{slot.key}: its decomposition does not converge ({error})",
+                    "check the tensor in every checkpoint of the run",
+                ) from error
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"{slot.key} does not fit into the memory of {self._plan.device}",
+                    "use --device cpu",
+                ) from error
+            row = self.row(piece.cut, edit, effect, key=slot.key, module=slot.module)
+            done.append(EditedMatrix(slot, edit, row))
+        return EditedPiece(piece.cut, stored, tuple(done))
+
+    def _edit_matrix(
+        self, slot: Slot, views: Mapping[str, Tensor], target: Tensor, lane: Lane
+    ) -> tuple[Edit, Effect]:
+        matrices = lane.up(views)
+        layer = self._layer(slot.key, slot.module, slot.layer, matrices)
+        edit = self._plan.method.edit(layer, self._statistics)
+        result, effect = self._apply(edit, matrices)
+        lane.down(result, target)
+        return edit, effect
+
+    def _edit_entries(self, piece: Piece) -> EditedPiece:
+        """Small blocks of rows, so that the float32 scratch stays in the processor's cache."""
+        role = piece.cut.pair.role
+        finetuned = piece.tensors["finetuned"]
+        stored = torch.empty_like(finetuned)
+        tally = Tally()
+        for start, stop in row_chunks(tuple(finetuned.shape), CHUNK_ELEMENTS):
+            rows = {label: tensor[start:stop] for label, tensor in piece.tensors.items()}
+            layer = self._layer(role.name, role.module, role.layer, rows)
+            edit = self._plan.method.edit(layer, self._statistics)
+            stored[start:stop], effect = self._apply(edit, rows)
+            tally.add(edit, effect)
+        return EditedPiece(piece.cut, stored, share=(tally.edit(), tally.effect))
+
+    def _apply(self, edit: Edit, matrices: Mapping[str, Tensor]) -> tuple[Tensor, Effect]:
+        kind = self._plan.method.vector_kind
+        finetuned, aligned = matrices["finetuned"], matrices.get("aligned")
+        other = None if kind is None else matrices.get(kind)
+        if isinstance(edit, Unchanged):
+            return finetuned, unchanged_effect(finetuned, aligned=aligned, other=other)
+        return apply_edit(
+            finetuned, edit, strength=self._plan.strength, aligned=aligned, other=other
+        )
+
+    def _layer(
+        self, key: str, module: str, layer: int | None, matrices: Mapping[str, Tensor]
+    ) -> Layer:
+        return Layer(
+            key=key,
+            module=module,
+            layer=layer,
+            finetuned=matrices["finetuned"],
+            aligned=matrices.get("aligned"),
+            base=matrices.get("base"),
+            unaligned=matrices.get("unaligned"),
+            seed=derived_seed(self._plan.seed, self._plan.method.name, key),
+        )
+
+    def row(self, cut: Cut, edit: Edit, effect: Effect, *, key: str, module: str) -> TensorRow:
+        """What the report says of a matrix, or of a tensor that was edited entry by entry."""
+        tensor, layer = cut.pair.role.name, cut.pair.role.layer
+        if isinstance(edit, Unchanged):
+            return TensorRow(
+                key=key,
+                tensor=tensor,
+                module=module,
+                layer=layer,
+                outcome="unchanged",
+                reason=edit.reason,
+                numel=effect.numel,
+            )
+        return edited_row(
+            key=key,
+            tensor=tensor,
+            module=module,
+            layer=layer,
+            edit="low-rank" if isinstance(edit, LowRank) else "dense",
+            strength=self._plan.strength,
+            effect=effect,
+            facts=edit.facts,
+        )
+
+
+class Ledger:
+    """Puts together, in order, what was done to tensors that came in several pieces."""
+
+    def __init__(self, editor: Editor) -> None:
+        self._editor = editor
+        self._tally = Tally()
+
+    def settle(self, piece: EditedPiece) -> tuple[EditedMatrix, ...]:
+        """What this piece completes; pieces are given in the order of the file."""
+        if piece.share is None:
+            return piece.done
+        self._tally.add(*piece.share)
+        if not piece.cut.last:
+            return ()
+        tally, self._tally = self._tally, Tally()
+        role, edit = piece.cut.pair.role, tally.edit()
+        row = self._editor.row(piece.cut, edit, tally.effect, key=role.name, module=role.module)
+        return (EditedMatrix(piece.cut.pair.slots[0], edit, row),)
+
+
+class Tally:
+    """The chunks of one tensor, added up."""
+
+    def __init__(self) -> None:
+        self.effect = Effect()
+        self._reasons: list[str] = []
+        self._edited = False
+
+    def add(self, edit: Edit, effect: Effect) -> None:
+        """Add one chunk."""
+        if isinstance(edit, Unchanged):
+            self._reasons.append(edit.reason)
+        else:
+            self._edited = True
+        self.effect = self.effect + effect
+
+    def edit(self) -> Edit:
+        """What the tensor as a whole got; the numbers themselves are written already."""
+        if self._edited:
+            return Dense(torch.empty(0))
+        return Unchanged(self._reasons[0] if self._reasons else "empty tensor")
+
+
+def derived_seed(seed: int, method: str, key: str) -> int:
+    """The seed of one matrix: the same whatever the order of shards, the device or the threads."""
+    digest = hashlib.sha256(f"{seed}\0{method}\0{key}".encode()).digest()
+    return int.from_bytes(digest[:7], "little")

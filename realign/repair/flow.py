@@ -1,0 +1,223 @@
+"""Every piece of a repair through reading, editing and writing, in order and within its memory.
+
+Here: which threads there are and what they may hold, for a checkpoint and for a patch. Not here:
+the stages themselves (`stream`, `editor`, `realign.checkpoint.writer`) and how they are joined
+(`pipeline`).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realign.checkpoint.writer import OutputFolder, ShardLayout
+from realign.errors import ModelError
+from realign.progress import Progress, Task
+from realign.repair.edit import Unchanged
+from realign.repair.editor import EditedPiece, Editor, Ledger
+from realign.repair.estimate import STREAM_BUDGET, WORKERS, device_bytes, matrix_budget
+from realign.repair.lanes import device_memory
+from realign.repair.method import Statistics
+from realign.repair.patch import Factors, factor
+from realign.repair.pipeline import Pipeline
+from realign.repair.plan import Plan
+from realign.repair.record import TensorRow
+from realign.repair.request import Inputs
+from realign.repair.stream import Cut, Piece, Reader, cut_tensor, planned_keys
+
+_LANES = 4
+"""Matrices under way on an accelerator: one uploads and one downloads while two compute."""
+
+
+class Flow:
+    """The pieces of one plan on their way."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        inputs: Inputs,
+        statistics: Statistics,
+        *,
+        progress: Progress,
+        in_flight: int | None = None,
+    ) -> None:
+        """Nothing starts yet.
+
+        Args:
+            plan: what is done.
+            inputs: the open checkpoints.
+            statistics: what the method learned from a running model.
+            progress: shows bytes written, or matrices.
+            in_flight: how many matrices are worked on at once; None: as memory allows.
+
+        Raises:
+            ModelError: the accelerator's memory is too small for the largest matrix.
+        """
+        self._plan, self._inputs, self._progress = plan, inputs, progress
+        self._editor = Editor(plan, statistics)
+        self._lanes = _how_many(plan, inputs) if in_flight is None else max(1, in_flight)
+
+    def write_shards(self, output: OutputFolder) -> list[TensorRow]:
+        """Write every weight file that is not finished yet; the rows of all of them.
+
+        Raises:
+            NonFiniteError, CheckpointError, ModelError: see `Editor.edit`.
+            OutputError: the disk is full or not writable.
+        """
+        todo = [shard for shard in self._plan.layout if not output.is_done(shard)]
+        cuts = (cut for shard in todo for cut in self._cuts_of(shard))
+        total = sum(shard.nbytes for shard in todo)
+        found: dict[str, list[TensorRow]] = {}
+
+        def write(pieces: Iterator[tuple[EditedPiece, list[TensorRow]]]) -> None:
+            for shard in todo:
+                found[shard.filename] = _write_shard(output, shard, pieces, task)
+
+        ledger = Ledger(self._editor)
+        with (
+            _threads(self._blas_threads()),
+            self._progress.task("repairing", total=total, unit="B") as task,
+            Reader(self._inputs) as reader,
+            self._pipeline(cuts, reader, self._editor.edit, write=write) as pipeline,
+        ):
+            for edited in pipeline:
+                pipeline.hand((edited, [each.row for each in ledger.settle(edited)]))
+                del edited
+        rows: list[TensorRow] = []
+        for shard in self._plan.layout:
+            if shard.filename in found:
+                rows += found[shard.filename]
+            else:
+                done = output.finished(shard)
+                assert done is not None, shard.filename
+                stored: Sequence[Mapping[str, Any]] = done["rows"]
+                rows += [TensorRow.from_json(each) for each in stored]
+        return rows
+
+    def collect_factors(self) -> tuple[list[TensorRow], dict[str, Factors]]:
+        """Compute every edit in factored form; nothing is written.
+
+        Raises:
+            NonFiniteError, CheckpointError, ModelError: see `Editor.edit`.
+        """
+        plan = self._plan
+        cuts = (cut for pair in plan.edits for cut in cut_tensor(pair, plan, self._inputs))
+        rows: list[TensorRow] = []
+        factors: dict[str, Factors] = {}
+        total = len(planned_keys(plan))
+        with (
+            _threads(self._blas_threads()),
+            self._progress.task("computing the patch", total=total, unit="matrices") as task,
+            Reader(self._inputs) as reader,
+            self._pipeline((cut for cut in cuts if cut.edit), reader, self._factored) as pipeline,
+        ):
+            for found in pipeline:
+                for row, factored in found:
+                    rows.append(row)
+                    if factored is not None:
+                        factors[row.key] = factored
+                    task.advance()
+        return rows, factors
+
+    def _factored(self, piece: Piece) -> list[tuple[TensorRow, Factors | None]]:
+        found: list[tuple[TensorRow, Factors | None]] = []
+        for each in self._editor.edit(piece).done:
+            if isinstance(each.edit, Unchanged):
+                found.append((each.row, None))
+                continue
+            made = factor(each.slot, each.edit, max_rank=self._plan.max_patch_rank)
+            # A patch is added in the forward pass: no cast of W' rounds it.
+            row = replace(each.row, survival=None, patch_rank=made.rank, patch_error=made.error)
+            found.append((row, made))
+        return found
+
+    def _pipeline(self, cuts: Iterator[Cut], reader: Reader, work: Any, write: Any = None) -> Any:
+        return Pipeline(
+            cuts,
+            read=reader.read,
+            work=work,
+            cost=lambda cut: cut.cost,
+            budget=self._budget(),
+            workers=0 if self._plan.method.elementwise else self._lanes,
+            write=write,
+        )
+
+    def _budget(self) -> int:
+        if self._plan.method.elementwise:
+            return STREAM_BUDGET
+        cuts = [
+            cut for pair in self._plan.edits for cut in cut_tensor(pair, self._plan, self._inputs)
+        ]
+        costs = [cut.cost for cut in cuts if cut.edit]
+        budget = matrix_budget(self._plan.estimate.largest_matrix, max(costs, default=0))
+        return min(budget, self._lanes * max(costs, default=0)) + STREAM_BUDGET
+
+    def _cuts_of(self, shard: ShardLayout) -> Iterator[Cut]:
+        pairs = {pair.role.name: pair for pair in self._plan.matching.pairs}
+        for spec in shard.tensors:
+            yield from cut_tensor(pairs[spec.name], self._plan, self._inputs)
+
+    def _blas_threads(self) -> int:
+        """One where the threads are ours: many small operations only wait for each other's ends."""
+        if self._plan.method.elementwise:
+            return 1
+        return max(1, (os.cpu_count() or 1) // self._lanes)
+
+
+def _write_shard(
+    output: OutputFolder,
+    shard: ShardLayout,
+    pieces: Iterator[tuple[EditedPiece, list[TensorRow]]],
+    task: Task,
+) -> list[TensorRow]:
+    rows: list[TensorRow] = []
+    left = shard.nbytes
+    with output.shard(shard) as writer:
+        while left:
+            edited, done = next(pieces)
+            stored: Tensor = edited.stored
+            writer.write(edited.cut.pair.role.name, stored)
+            rows += done
+            left -= stored.nbytes
+            task.advance(stored.nbytes)
+            del edited, stored  # the next piece is in memory already
+        writer.facts["rows"] = [row.to_json() for row in rows]
+    return rows
+
+
+def _how_many(plan: Plan, inputs: Inputs) -> int:
+    """How many matrices to work on at once.
+
+    Raises:
+        ModelError: the accelerator's memory is too small for one.
+    """
+    device = torch.device(plan.device)
+    if device.type == "cpu" or plan.method.elementwise:
+        return max(1, min(WORKERS, os.cpu_count() or 1))
+    free, needed = device_memory(device), device_bytes(plan.matching, inputs, plan.roles)
+    if free is None:
+        return 1
+    if needed > free:
+        raise ModelError(
+            f"the largest matrix needs {needed / 1e9:.1f} GB on {device}, which has "
+            f"{free / 1e9:.1f} GB free",
+            "use --device cpu, or free the memory of that device",
+        )
+    return max(1, min(_LANES, free // max(1, needed)))
+
+
+@contextmanager
+def _threads(count: int) -> Generator[None]:
+    """Let torch use so many threads per operation; threads started inside inherit it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
