@@ -66,10 +66,12 @@ class Statistics:
     Attributes:
         by_key: activation moments per slot key.
         provenance: what they were computed from (model digest, prompts, template, options).
+        disposable: every look-up gives tensors of its own, which may be overwritten.
     """
 
     by_key: Mapping[str, Moments]
     provenance: Mapping[str, str] = field(default_factory=dict[str, str])
+    disposable: bool = False
 
     def moments(self, key: str) -> Moments | None:
         """Return the moments of the slot `key`, None if none were collected."""

@@ -99,7 +99,7 @@ class ModelWorkbench:
         if stored is None:
             self._collect(checkpoint, requests, tokens=cast(Tokens, tokens), about=about, path=path)
             stored = StoredMoments(path)
-        return Statistics(stored, about)
+        return Statistics(stored, about, disposable=True)
 
     def _stored(
         self, path: Path, about: Mapping[str, str], requests: Mapping[str, MomentRequest]

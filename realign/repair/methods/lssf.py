@@ -136,28 +136,35 @@ class Lssf(Method):
             return Unchanged("too few tokens")
         if self.alpha == 0.0:
             return Unchanged("alpha is 0")
-        delta_safe = layer.safety_vector(kind)
-        if not bool(delta_safe.any()):
+        if not bool(layer.safety_vector(kind).any()):
             return Unchanged("safety vector is zero")
-        spectrum = output_spectrum(moments, layer.require("aligned"), self.standardize)
-        rank = choose_rank(spectrum.energies, self.rank_rule, eta=self.eta)
+        tokens = moments.n
+        aligned = layer.require("aligned")
+        spectrum = output_spectrum(
+            moments, aligned, self.standardize, overwrite=statistics.disposable
+        )
+        del moments
+        energies = spectrum.energies
+        rank = choose_rank(energies, self.rank_rule, eta=self.eta)
         if rank == 0:
             return Unchanged("no activation variance")
         if self.max_rank is not None:
             rank = min(rank, self.max_rank)
 
-        weights = direction_weights(spectrum.energies[:rank].sqrt(), self.alpha1).square()
+        weights = direction_weights(energies[:rank].sqrt(), self.alpha1).square()
         basis = spectrum.basis(rank)
+        del spectrum  # it is as large as the matrix, which comes next
+        delta_safe = layer.safety_vector(kind)
         u_or = basis.to(delta_safe)
         right_ri = u_or.T @ delta_safe
         projected = squared_norm(weights.to(delta_safe)[:, None] * right_ri)
-        task_share = energy_share(basis, layer.task_vector())
+        task_share = energy_share(u_or, layer.task_vector())
         facts = {
-            **spectrum_facts(spectrum.energies, rank),
+            **spectrum_facts(energies, rank),
             "projected_safety": (projected / squared_norm(delta_safe)) ** 0.5,
             "projected_task": None if task_share is None else task_share**0.5,
-            "tokens": moments.n,
-            "tokens_per_output": moments.n / delta_safe.shape[0],
+            "tokens": tokens,
+            "tokens_per_output": tokens / delta_safe.shape[0],
         }
         left_or = u_or * (self.alpha * weights).to(delta_safe)
         return from_factors(left_or, right_ri, facts)

@@ -39,6 +39,9 @@ CANCELLED = 256 * EPS
 FEW_TOKENS = 0.7
 """Tokens per output below which C is factored first: rank and time then follow the tokens."""
 
+LIFT_ROWS = 512
+"""Rows of a weight upcast at once."""
+
 STEEP = 1e-7
 """Energies further than this below the largest need a QR to keep their directions orthonormal."""
 
@@ -78,21 +81,24 @@ class OutputSpectrum:
         return torch.linalg.solve_triangular(triangle, image_or, upper=True, left=False)
 
 
-def output_spectrum(moments: Moments, weight: Tensor, standardize: str) -> OutputSpectrum:
+def output_spectrum(
+    moments: Moments, weight: Tensor, standardize: str, *, overwrite: bool = False
+) -> OutputSpectrum:
     """Return the spectrum of C for one layer.
 
     Args:
         moments: of the aligned model on the anchors; kind "token" goes with standardize "token".
         weight: Wa [d_out, d_in], read for input moments only.
         standardize: "neuron", "token" or "none".
+        overwrite: give the memory of the moments away.
     """
     assert (moments.kind == "token") == (standardize == "token"), (moments.kind, standardize)
     device = torch.device("cpu") if weight.device.type == "mps" else weight.device
     n = moments.n
     s1 = moments.s1.to(device, torch.float64)
     centred = standardize == "neuron"
-    # A copy of the moments, worked on in place: nothing else of this size is made.
-    scatter = moments.s2.to(device, torch.float64, copy=True)
+    # Worked on in place: nothing else of this size is made.
+    scatter = moments.s2.to(device, torch.float64, copy=not overwrite)
     if centred:
         scatter.div_(n).addr_(s1, s1, alpha=-1.0 / n**2)
     most = n - 1 if centred else n
@@ -104,19 +110,28 @@ def output_spectrum(moments: Moments, weight: Tensor, standardize: str) -> Outpu
             _scale(scatter, _inverse_deviation(scatter.diagonal(), s1 / n))
         return _on_output_side(scatter, most=most)
 
-    w_oi = weight.detach().to(device, torch.float64)
-    d_out, d_in = w_oi.shape
+    weight = weight.detach().to(device)
+    d_out, d_in = weight.shape
     assert scatter.shape[0] == d_in, (tuple(scatter.shape), tuple(weight.shape))
     if d_out <= d_in:
+        w_oi = weight.to(torch.float64)
         c_oo = w_oi @ scatter @ w_oi.T
         if centred:
             _scale(c_oo, _inverse_deviation(c_oo.diagonal(), w_oi @ (s1 / n)))
         return _on_output_side(c_oo, most=most)
 
-    lift_oq = w_oi @ _square_factor(scatter, most=most)
+    factor_iq = _square_factor(scatter, most=most)
+    lift_oq = factor_iq.new_empty(d_out, factor_iq.shape[1])
+    mean_o = factor_iq.new_empty(d_out)
+    for start in range(0, d_out, LIFT_ROWS):  # the weight is never in float64 as a whole
+        rows = slice(start, start + LIFT_ROWS)
+        w_ri = weight[rows].to(torch.float64)
+        torch.matmul(w_ri, factor_iq, out=lift_oq[rows])
+        torch.matmul(w_ri, s1 / n, out=mean_o[rows])
+    del factor_iq
     if centred:
         variance = torch.linalg.vector_norm(lift_oq, dim=1).square_()
-        lift_oq *= _inverse_deviation(variance, w_oi @ (s1 / n))[:, None]
+        lift_oq *= _inverse_deviation(variance, mean_o)[:, None]
     return _lifted(lift_oq)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support.subspace_support import (
+    KEY,
+    dense_lssf,
     edit_of,
     error,
     full,
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from realign.model.moments import Moments
 from realign.repair.edit import Dense, LowRank, Unchanged
-from realign.repair.method import NO_STATISTICS
+from realign.repair.method import NO_STATISTICS, Statistics
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.scatter import output_spectrum
 
@@ -196,3 +198,36 @@ def test_inputs_are_left_as_they_were() -> None:
     edit_of(method(), layer, given(moments))
     after = (layer.finetuned, layer.aligned, layer.unaligned, moments.s2)
     assert all(torch.equal(b, a) for b, a in zip(before, after, strict=True))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("standardize", ["neuron", "token", "none"])
+@pytest.mark.parametrize("tokens", [5, 40])
+def test_moments_may_be_given_away_and_are_kept_otherwise(standardize: str, tokens: int) -> None:
+    layer = layer_of((20, 9), seed=30)
+    assert layer.aligned is not None
+    x: Tensor = matrix(9, tokens, seed=31) + 1
+    if standardize == "token":
+        kinds = [token_moments(layer.aligned @ x)]
+    else:
+        kinds = [output_moments(layer.aligned @ x), input_moments(x)]
+    for moments in kinds:
+        before = moments.s2.clone()
+        lssf = method(standardize=standardize)
+        kept = edit_of(lssf, layer, given(moments))
+        assert torch.equal(moments.s2, before)
+        gone = edit_of(lssf, layer, Statistics({KEY: moments}, disposable=True))
+        assert torch.equal(kept, gone)
+
+
+def test_few_tokens_are_decomposed_on_their_own_side_with_the_same_result() -> None:
+    layer = layer_of((40, 50), seed=32)
+    assert layer.aligned is not None
+    z = layer.aligned @ (matrix(50, 12, seed=33) + 1)
+    found = output_spectrum(output_moments(z), layer.aligned, "neuron")
+    assert found.energies.numel() == 11  # tokens, less one for the mean
+    rank, p, edit = dense_lssf(
+        z, layer.safety_vector("unaligned"), standardize="neuron", eta=0.85, alpha1=1.0, alpha=1.0
+    )
+    basis = found.basis(rank)
+    assert torch.allclose(basis @ basis.T, p, atol=1e-10)
+    assert error(edit_of(method(), layer, given(output_moments(z))), edit) < 1e-10
