@@ -109,6 +109,21 @@ class AdapterCheckpoint(Checkpoint):
             return "product"
         return "other"
 
+    def lora_modules(self, name: str) -> tuple[str, ...]:
+        """The adapter's own names of the modules whose LoRA changes one tensor."""
+        change = self._changes.get(name)
+        return () if change is None else tuple(each.module for each in change.loras)
+
+    def saved_whole(self, name: str) -> TensorInfo | None:
+        """The adapter's tensor that replaces one of the base, where it was trained whole."""
+        change = self._changes.get(name)
+        return None if change is None else change.replaced
+
+    def trains_tokens(self, name: str) -> bool:
+        """Whether single rows of one tensor are replaced."""
+        change = self._changes.get(name)
+        return change is not None and change.tokens is not None
+
     def factors(self, name: str) -> Sequence[Factors]:
         """The LoRA factors of one tensor, in at least float32; `changes(name)` is "product"."""
         assert self.changes(name) == "product", name

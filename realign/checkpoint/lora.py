@@ -55,6 +55,8 @@ class LoraConfig:
     """`ensure_weight_tying`: trained embeddings are meant for the tied head, too."""
     token_indices: Mapping[str, tuple[int, ...]]
     """Rows replaced by trained tokens, by module name (the last parts)."""
+    parameters: tuple[str, ...] = ()
+    """Bare parameters with LoRA (stacks of experts), by the last parts of their names."""
 
     def rank_of(self, module: str) -> int:
         """The rank of one target module."""

@@ -149,7 +149,10 @@ def _repair_to_patch(run: _Run) -> RepairResult:
                 for name, tensor in patch.tensors.items():
                     writer.write(name, tensor)
         output.write_json(ADAPTER_CONFIG, patch.config)
-        return _commit(run, output, rows)
+        for name, content in patch.sidecars.items():
+            data = content if isinstance(content, bytes) else content.read_bytes()
+            output.write_bytes(name, data)
+        return _commit(run, output, rows, extra={"patch": patch.record})
 
 
 def _flow(run: _Run) -> Flow:
@@ -197,16 +200,23 @@ def _manifest(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> dic
     )
 
 
-def _commit(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> RepairResult:
+def _commit(
+    run: _Run,
+    output: OutputFolder,
+    rows: Sequence[TensorRow],
+    *,
+    extra: Mapping[str, Any] | None = None,
+) -> RepairResult:
     plan = run.plan
     folder = output.partial
     output.write_index(output.layout)
     check_written(folder, [spec for shard in output.layout for spec in shard.tensors])
-    manifest = _manifest(run, output, rows)
+    manifest = _manifest(run, output, rows) | dict(extra or {})
     if run.attach is not None:
         for name, content in run.attach(manifest).items():
             output.write_bytes(name, content)
-        manifest = _manifest(run, output, rows)  # it lists what was attached
+        # Again: it lists what was attached.
+        manifest = _manifest(run, output, rows) | dict(extra or {})
     output.write_json(MANIFEST_NAME, manifest)
     warnings = remarks(rows)
     for warning in warnings:

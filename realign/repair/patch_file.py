@@ -35,7 +35,7 @@ from realign.checkpoint.sidecars import folder_sidecars
 from realign.checkpoint.writer import OutputFolder, ShardLayout, TensorSpec
 from realign.errors import NotFoundError, UsageError
 from realign.progress import SILENT, Progress
-from realign.repair.patch import ADAPTER_CONFIG, ADAPTER_WEIGHTS, number
+from realign.repair.patch_content import ADAPTER_CONFIG, ADAPTER_WEIGHTS, number
 from realign.repair.record import versions
 
 Belongs = Literal["yes", "no", "unknown"]

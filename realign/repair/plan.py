@@ -37,6 +37,7 @@ from realign.repair.devices import resolve_device
 from realign.repair.estimate import Estimate, estimate_repair
 from realign.repair.lineage_check import doubts
 from realign.repair.method import Method, Scope, settle_safety_vector
+from realign.repair.patch_checks import by_matrices, check_patch
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 
@@ -167,12 +168,14 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         else build_method(request.method, request.settings)
     )
     check_strength(method, request.strength)
+    if request.patch:
+        method = by_matrices(method)
     _check_needs(method, inputs)
     settled = settle_safety_vector(method, [r for r in inputs.others if r != "aligned"])
     method = settled.method
     scope = _scope(request.scope, method)
     used = {role: inputs.others[role] for role in sorted(method.required_roles())}
-    _check_patch(request, method, inputs)
+    check_patch(request, method, inputs.finetuned)
     device = str(resolve_device(request.device))
     notes = [settled.note] if settled.note else []
     notes += [
@@ -306,23 +309,6 @@ def _scope(asked: str | None, method: Method) -> Scope:
             "use --scope block_linear or --scope matrices",
         )
     return scope
-
-
-def _check_patch(request: RepairRequest, method: Method, inputs: Inputs) -> None:
-    if request.max_patch_rank is not None and request.max_patch_rank < 1:
-        raise UsageError(f"max_patch_rank is {request.max_patch_rank}", "it must be at least 1")
-    if not request.patch:
-        return
-    if method.elementwise:
-        raise UsageError(
-            f"{method.name} edits every entry: its edit is no LoRA patch",
-            "leave out --patch, or use a low-rank method (replace, delta_svd, lssf)",
-        )
-    if inputs.finetuned.kind == "adapter":
-        raise UsageError(
-            f"{inputs.finetuned.source} is an adapter: a patch would have to stand on top of it",
-            "leave out --patch: the repaired checkpoint is written merged",
-        )
 
 
 def _check_something_to_do(

@@ -152,13 +152,6 @@ def test_truncation_is_the_best_approximation(as_dense: bool, shape: tuple[int, 
     assert found.error == pytest.approx(expected, rel=1e-5)
 
 
-def test_a_patch_over_an_adapter_is_refused(trio_of, tmp_path: Path) -> None:
-    trio = trio_of("llama")
-    adapter = make_adapter(trio, tmp_path / "adapter")
-    with pytest.raises(UsageError, match="--patch"):
-        _repair(trio, tmp_path / "out", finetuned=adapter, patch=True)
-
-
 @pytest.mark.parametrize(
     ("dtype", "word"),
     [(torch.float32, None), (torch.bfloat16, "bfloat16"), (torch.float16, "float16")],
