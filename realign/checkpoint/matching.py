@@ -20,7 +20,9 @@ from realign.checkpoint.names import (
     classify,
     find_embedding,
     find_head,
+    in_tower,
     is_tied,
+    predicts_ahead,
     role_of,
     text_config,
 )
@@ -103,7 +105,7 @@ def match(finetuned: Checkpoint, others: Mapping[str, Checkpoint], *, scope: Sco
     for label, other in others.items():
         notes += other.remarks
         check_architecture(finetuned, label, other)
-        _check_names(finetuned, label, other)
+        notes += _check_names(finetuned, label, other)
         notes += _dtype_notes(finetuned, label, other)
     roles = classify(finetuned)
     pairs = tuple(_pair(finetuned, roles[name], others, scope, notes) for name in roles)
@@ -124,9 +126,12 @@ def _pair(
         return copy(_NEVER["buffer"])
     common, absent = _common_rows(finetuned, role, others)
     if role.kind in _NEVER:
-        return copy(_NEVER[role.kind])
+        tower = role.kind == "other" and in_tower(role.name)
+        return copy("outside the language model" if tower else _NEVER[role.kind])
     if role.kind not in _IN_SCOPE[scope]:
         return copy(f"outside scope {scope}: {_KIND_WORDS[role.kind]}")
+    if absent is not None and role.kind != "head":
+        return copy(f"for predicting several tokens at once; the {absent} model stores none")
     if absent is not None:
         return copy(f"the {absent} model ties its output head and stores none")
     if common is not None:
@@ -167,7 +172,6 @@ def _common_rows(
     for label, other in others.items():
         there = other.tensors.get(role.name)
         if there is None:
-            assert role.kind == "head", role.name  # `_check_names` has refused all others
             absent = label
             continue
         rows = _shared_rows(finetuned, role, info, label, other, there)
@@ -224,8 +228,12 @@ def check_architecture(finetuned: Checkpoint, label: str, other: Checkpoint) -> 
             )
 
 
-def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
-    """Both sides must store the same tensors, but for buffers and a head that one of them ties."""
+def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> list[str]:
+    """Both sides must store the same tensors, but for what a loader does without.
+
+    That is: buffers, a head that one of them ties, and heads that predict several tokens at once,
+    which transformers drops when it saves a model. Returns a remark on the latter.
+    """
     ours, theirs = _required(finetuned), _required(other)
     for checkpoint, names in ((finetuned, theirs), (other, ours)):
         if is_tied(checkpoint.config, checkpoint.tensors) and not find_head(checkpoint.tensors):
@@ -233,8 +241,19 @@ def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
     here, there = sorted(ours - theirs), sorted(theirs - ours)
     here = [name for name in here if name not in other.tensors]
     there = [name for name in there if name not in finetuned.tensors]
+    notes = [
+        f"{len(found)} tensors for predicting several tokens at once are only in {one.source} "
+        f"(first: {found[0]}): {what}"
+        for one, found, what in (
+            (finetuned, _ahead(finetuned, here), "copied"),
+            (other, _ahead(other, there), "not used"),
+        )
+        if found
+    ]
+    here = [name for name in here if not predicts_ahead(finetuned.config, name)]
+    there = [name for name in there if not predicts_ahead(other.config, name)]
     if not here and not there:
-        return
+        return notes
     parts: list[str] = []
     if here:
         parts.append(f"{len(here)} only in {finetuned.source} (first: {here[0]})")
@@ -248,6 +267,10 @@ def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> None:
         if prefix
         else "the checkpoints must come from the same architecture and be saved the same way",
     )
+
+
+def _ahead(checkpoint: Checkpoint, names: list[str]) -> list[str]:
+    return [name for name in names if predicts_ahead(checkpoint.config, name)]
 
 
 def _required(checkpoint: Checkpoint) -> set[str]:

@@ -18,20 +18,44 @@ if TYPE_CHECKING:
 
 Kind = Literal["block_linear", "embedding", "head", "norm", "bias", "router", "buffer", "other"]
 
-_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.(\d+)\.")
+_LAYER = re.compile(
+    r"(?:^|\.)(?:layers|layer|h|blocks|block|attentions|ffns|cross_attn_layers)\.(\d+)\."
+)
+_MAIN_BLOCKS = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.)?layers\.(\d+)\.")
+_AHEAD = frozenset(("mtp", "mtp_layers", "mtp_block", "mtp_emb_norm"))
 # Towers for images and sound have blocks of their own, which are no decoder blocks.
-_TOWER = re.compile(r"(?:^|\.)[a-z_]*(?:vision|visual|image|audio|speech)[a-z_]*\.")
+_TOWER = re.compile(
+    r"(?:^|\.)[a-z_]*(?:vision|visual|image|audio|speech|whisper|qformer|resampler)[a-z_]*\."
+)
 _NORM = re.compile(r"norm|(?:^|[._])ln(?:[._\d]|$)")
-_EXPERTS = re.compile(r"(?:^|\.)experts\.")
+_EXPERTS = re.compile(r"(?:^|\.)(?:shared_)?experts\.")
 _PILED = frozenset(("w1", "v1", "w2"))
-_STACKED = frozenset(("input_linear", "output_linear"))
+# Stacks beside experts: Granite's and JetMoE's linear layers, and the heads of Zamba's mamba.
+_STACKED = frozenset(("input_linear", "output_linear", "x_proj_weight", "dt_proj_weight"))
 _EMBEDDINGS = frozenset(
     ("embed_tokens", "embed_tokens_per_layer", "wte", "wpe", "word_embeddings", "embed_in",
      "embeddings", "tok_embeddings", "embed_positions", "position_embeddings", "token_embedding",
-     "relative_attention_bias")
+     "relative_attention_bias", "tokens_embed", "positions_embed", "word_embedding",
+     "input_embedding", "segment_embedding", "token_type_embeddings", "ngram_embeddings",
+     "pronunciation_embed", "shape_embed", "encoder_hash_tok_embedding")
 )  # fmt: skip
-_HEADS = frozenset(("lm_head", "embed_out", "output_layer"))
-_ROUTERS = frozenset(("gate", "router", "shared_expert_gate", "wg"))
+_INPUTS = (
+    "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "tokens_embed",
+    "word_embedding", "embeddings", "embed",
+)  # fmt: skip
+_OUTER_EMBEDDINGS = frozenset(("embed", "w"))  # words of many meanings, where there is no layer
+_HEADS = frozenset(
+    ("lm_head", "embed_out", "output_layer", "unembed", "lm_loss", "generator_lm_head")
+)
+_HEAD_ENDS = (
+    "predictions.decoder.weight", "lm_head.decoder.weight", "pred_layer.proj.weight",
+)  # fmt: skip
+_HEAD_NAMES = frozenset(("head.weight", "output.weight"))
+# What sends tokens to experts; an indexer picks the tokens that sparse attention looks at.
+_ROUTERS = frozenset(
+    ("gate", "router", "modality_router", "shared_expert_gate", "wg", "indexer", "moe_statics",
+     "e_score_correction_bias", "expert_bias")
+)  # fmt: skip
 _BUFFERS = frozenset(("inv_freq", "masked_bias", "position_ids", "freqs_cis"))
 
 CONV1D_TYPES = frozenset(("gpt2", "openai-gpt", "imagegpt", "decision_transformer"))
@@ -76,7 +100,7 @@ def is_tied(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> boo
 
 def find_embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
     """The input embeddings of a language model, by name."""
-    for module in ("embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings"):
+    for module in _INPUTS:
         found = [name for name in tensors if name.split(".")[-2:] == [module, "weight"]]
         if len(found) == 1:
             return found[0]
@@ -85,12 +109,35 @@ def find_embedding(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 def find_head(tensors: Mapping[str, TensorInfo]) -> str | None:
     """The stored output head of a language model, by name; None where it is tied or absent."""
-    found = [
-        name
-        for name in tensors
-        if (parts := name.split("."))[-1] == "weight" and len(parts) > 1 and parts[-2] in _HEADS
-    ]
-    return found[0] if len(found) == 1 else None
+    found = sorted((name.count("."), name) for name in tensors if _is_head(name))
+    if not found or (len(found) > 1 and found[0][0] == found[1][0]):
+        return None
+    return found[0][1]  # helpers inside a model may have heads of their own: the outermost counts
+
+
+def _is_head(name: str) -> bool:
+    parts = name.split(".")
+    if parts[-1] != "weight" or len(parts) < 2:
+        return False
+    return parts[-2] in _HEADS or name in _HEAD_NAMES or name.endswith(_HEAD_ENDS)
+
+
+def in_tower(name: str) -> bool:
+    """Whether a tensor belongs to a tower for images or sound."""
+    return _TOWER.search(name) is not None
+
+
+def predicts_ahead(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a tensor belongs to the heads that predict several tokens at once.
+
+    They are stored as "mtp..." or as decoder blocks after the last one (DeepSeek-V3, GLM-4.5), and
+    transformers leaves them out when it loads and saves such a model.
+    """
+    if any(part in _AHEAD for part in name.split(".")):
+        return True
+    blocks = text_config(config).get("num_hidden_layers")
+    found = _MAIN_BLOCKS.match(name)
+    return found is not None and isinstance(blocks, int) and int(found.group(1)) >= blocks
 
 
 def is_conv1d(config: Mapping[str, Any], module: str) -> bool:
@@ -108,7 +155,7 @@ def role_of(info: TensorInfo) -> TensorRole:
     parts = info.name.split(".")
     leaf = parts[-1]
     module = parts[-2] if len(parts) > 1 and leaf in {"weight", "bias"} else leaf
-    found = None if _TOWER.search(info.name) else _LAYER.search(info.name)
+    found = None if in_tower(info.name) else _LAYER.search(info.name)
     layer = int(found.group(1)) if found else None
     return TensorRole(info.name, _kind(info, parts, module, layer), module, layer)
 
@@ -117,15 +164,17 @@ def _kind(info: TensorInfo, parts: list[str], module: str, layer: int | None) ->
     leaf, dimensions = parts[-1], len(info.shape)
     if info.dtype not in FLOATS or leaf in _BUFFERS or (leaf == "bias" and dimensions > 2):
         return "buffer"
+    if in_tower(info.name):
+        return "other"
     if layer is not None and _ROUTERS.intersection(parts):
         return "router"
     if leaf == "bias" or leaf.endswith("_bias"):
         return "bias"
     if dimensions == 1:
         return "norm" if any(_NORM.search(part.lower()) for part in parts[-2:]) else "other"
-    if module in _EMBEDDINGS:
+    if module in _EMBEDDINGS or (layer is None and module in _OUTER_EMBEDDINGS):
         return "embedding"
-    if module in _HEADS:
+    if _is_head(info.name):
         return "head"
     if layer is None:
         return "other"

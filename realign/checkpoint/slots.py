@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _TRANSPOSED_EXPERTS = frozenset(
     ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
 )
+# Their down projections write the width of the model; all others read it.
+_WRITES_WIDTH = frozenset(("down_proj", "w2", "w2_weight", "fc2", "output_linear"))
 # Experts whose gate and up projections alternate, column by column.
 _INTERLEAVED_EXPERTS = frozenset(("gpt_oss",))
 _FUSED_QKV = frozenset(
@@ -179,7 +181,7 @@ def _experts_transposed(
     known = config.get("model_type") in _TRANSPOSED_EXPERTS
     if first == second or width not in {first, second}:
         return known
-    reads_width = role.module not in {"down_proj", "w2", "output_linear"}  # these write it
+    reads_width = role.module not in _WRITES_WIDTH
     return (first == width) if reads_width else (second == width)
 
 
@@ -188,8 +190,11 @@ def _halves(
 ) -> tuple[tuple[str, tuple[int, int]], ...]:
     """Gate and up, where they are the two halves of the rows."""
     kind = str(config.get("model_type"))
-    fused = role.module == "gate_up_proj" or (
-        role.module == "input_linear" and kind.startswith("granitemoe")
+    fused = (
+        role.module == "gate_up_proj"
+        or (role.module == "input_linear" and kind.startswith("granitemoe"))
+        or (role.module == "input_linear" and kind == "jetmoe" and ".mlp." in role.name)
+        or (role.module == "fc1" and kind.startswith("aria") and ".experts." in role.name)
     )
     if not fused or rows % 2 or (kind in _INTERLEAVED_EXPERTS and ".experts." in role.name):
         return ()

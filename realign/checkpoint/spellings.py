@@ -16,15 +16,23 @@ from realign.checkpoint.slots import Slot, slots_of
 # What wrappers put before the names of a decoder: class prefixes, parallel and compiled training.
 _WRAPPERS = frozenset(
     ("model", "language_model", "transformer", "backbone", "gpt_neox", "gpt_neox_japanese", "rwkv",
-     "biogpt", "llm", "thinker", "module", "_orig_mod")
+     "biogpt", "llm", "text_model", "thinker", "module", "_orig_mod")
 )  # fmt: skip
 _SPELLINGS: tuple[tuple[re.Pattern[str], str], ...] = (
-    (re.compile(r"\.block_sparse_moe\."), ".mlp."),
-    (re.compile(r"\.mlp\.(?:gate|router|router\.layer)\.weight$"), ".mlp.router.weight"),
+    (re.compile(r"\.(?:block_sparse_moe|moe|ffn)\."), ".mlp."),
+    (re.compile(r"\.mlp\.(?:router\.)?(?:gate|router|layer)\.weight$"), ".mlp.router.weight"),
     (
-        re.compile(r"\.mlp\.(?:gate\.)?(?:moe_statics\.)?e_score_correction_bias$"),
+        re.compile(
+            r"\.mlp\.(?:gate\.|router\.|experts\.)?(?:moe_statics\.)?"
+            r"(?:e_score_correction_bias|expert_bias)$"
+        ),
         ".mlp.e_score_correction_bias",
     ),
+    (re.compile(r"\.mlp\.(?:shared_expert|shared_mlp)\."), ".mlp.shared_experts."),
+    (re.compile(r"\.self_attn\.(?:softmax_offset|attention_sink_bias)$"), ".self_attn.sinks"),
+    (re.compile(r"\.mlp\.post_mlp_layernorm\."), ".post_mlp_layernorm."),
+    (re.compile(r"^(?:embed_out|head|unembed)\.weight$"), "lm_head.weight"),
+    (re.compile(r"^(?:embed|embed_in|word_embeddings|wte)\.weight$"), "embed_tokens.weight"),
     (re.compile(r"\.LayerNorm\.gamma$"), ".LayerNorm.weight"),
     (re.compile(r"\.LayerNorm\.beta$"), ".LayerNorm.bias"),
 )
@@ -34,8 +42,9 @@ _OF_EXPERTS = {
     "w2": "down_proj",
     "w3": "up_proj",
     "output_linear": "down_proj",
+    "fc2": "down_proj",
 }
-"""Mixtral's names and, for stacks, DBRX's and Granite's."""
+"""Mixtral's names and, for stacks, those of DBRX, Granite and Aria."""
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.([^.]+)\.(weight|bias)$")
 
 
@@ -59,7 +68,7 @@ def spelled(name: str) -> str:
     both "layers.0...".
     """
     parts = name.split(".")
-    while len(parts) > 2 and parts[0] in _WRAPPERS:
+    while len(parts) > 1 and parts[0] in _WRAPPERS:
         del parts[0]
     name = ".".join(parts)
     for pattern, plain in _SPELLINGS:

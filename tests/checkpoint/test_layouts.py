@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoint_support import LLAMA, llama_tensors, write_model
 from support.layouts_support import (
+    CONFIGS,
+    SMALL,
     split_phi3,
     stack_experts,
     stack_experts_transposed,
@@ -30,6 +33,18 @@ MOE: dict[str, Any] = {**LLAMA, "model_type": "qwen3_moe", "hidden_size": 8, "nu
 PHI3: dict[str, Any] = {
     **LLAMA, "model_type": "phi3", "hidden_size": 32, "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+MORE: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, tie_word_embeddings=False,
+    ),
+    "phimoe": lambda: transformers.PhimoeConfig(**SMALL, intermediate_size=20, num_local_experts=3),
+    "aria_text": lambda: transformers.AriaTextConfig(
+        **SMALL, intermediate_size=20, moe_num_experts=3
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +128,26 @@ def test_any_rows_of_a_view_are_rows_of_the_whole(
     assert torch.equal(view.read(name, (start, stop)), wanted.read(name)[start:stop])
 
 
+@pytest.mark.parametrize("arch", [*CONFIGS, "gpt_neox", "phimoe", "aria_text"])
+def test_what_transformers_holds_in_memory_pairs_with_what_it_saves(
+    tmp_path: Path, arch: str
+) -> None:
+    """Both layouts as written by the library, with values that tell every entry apart."""
+    model = transformers.AutoModelForCausalLM.from_config((CONFIGS | MORE)[arch]())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path / "memory", save_original_format=False)
+    saved, memory = open_checkpoint(tmp_path / "saved"), open_checkpoint(tmp_path / "memory")
+    assert set(saved.tensors) != set(memory.tensors) or arch == "phi3"
+    for shown, wanted in ((saved, memory), (memory, saved)):
+        view = conform(shown, wanted)
+        assert set(view.tensors) == set(wanted.tensors)
+        for name in wanted.tensors:
+            assert torch.equal(view.read(name), wanted.read(name)), name
+
+
 def test_the_same_layout_is_no_view(tmp_path: Path) -> None:
     one = save(tmp_path / "a", llama_tensors(), LLAMA)
     two = save(tmp_path / "b", llama_tensors(seed=1, vocabulary=14), LLAMA)
@@ -141,10 +176,10 @@ def test_one_missing_expert_is_refused_with_its_stack(tmp_path: Path) -> None:
 
 
 def test_a_tensor_beside_the_parts_is_still_an_extra_one(tmp_path: Path) -> None:
-    extra = {**routed(), "model.mtp.weight": draw(4, 4)}
+    extra = {**routed(), "model.extra_head.weight": draw(4, 4)}
     one = save(tmp_path / "stacked", stack_experts(routed()), MOE)
     two = save(tmp_path / "extra", extra, MOE)
-    with pytest.raises(MismatchError, match=r"model\.mtp\.weight"):
+    with pytest.raises(MismatchError, match=r"model\.extra_head\.weight"):
         match(one, {"aligned": conform(two, one)}, scope="block_linear")
 
 
@@ -212,7 +247,10 @@ def test_a_matrix_is_located_where_it_is_stored(
         ("model.vision_tower.blocks.0.fc1.weight", "vision_tower.blocks.0.fc1.weight"),
         ("model.layers.0.block_sparse_moe.gate.weight", "layers.0.mlp.router.weight"),
         ("transformer.h.0.attn.c_attn.weight", "h.0.attn.c_attn.weight"),
-        ("model.weight", "model.weight"),
+        ("model.image_newline", "image_newline"),
+        ("embed_out.weight", "lm_head.weight"),
+        ("model.layers.1.mlp.router.gate.weight", "layers.1.mlp.router.weight"),
+        ("model.layers.1.mlp.expert_bias", "layers.1.mlp.e_score_correction_bias"),
     ],
 )
 def test_spellings(name: str, plain: str) -> None:

@@ -95,6 +95,22 @@ def test_missing_and_extra_tensors_are_named_on_both_sides(make: Maker) -> None:
     assert "only in the aligned model" in message and "q_norm" in message and "other" in message
 
 
+def test_heads_that_predict_ahead_may_be_missing_on_either_side(make: Maker) -> None:
+    ahead = {
+        "mtp.layers.0.mlp.up_proj.weight": torch.ones(12, 8),
+        "model.layers.1.eh_proj.weight": torch.ones(8, 16),  # the config counts one block
+    }
+    with_them = make({**llama_tensors(), **ahead}, name="more")
+    matching = match(make(llama_tensors(seed=1)), {"aligned": with_them}, scope="block_linear")
+    assert {pair.role.name for pair in matching.pairs} == set(llama_tensors())
+    assert any("2 tensors" in note and "more" in note for note in matching.notes)
+    matching = match(with_them, {"base": make(llama_tensors(seed=1))}, scope="all")
+    for name in ahead:
+        pair = pair_of(matching, name)
+        assert pair.action == "copy" and "base model stores none" in pair.reason
+    assert edited(match(with_them, {"base": with_them}, scope="block_linear")) >= set(ahead)
+
+
 def test_a_differing_prefix_is_recognised(make: Maker) -> None:
     bare = {name.removeprefix("model."): tensor for name, tensor in llama_tensors().items()}
     with pytest.raises(MismatchError) as caught:
@@ -121,11 +137,12 @@ def test_embeddings_of_another_width_are_no_vocabulary(make: Maker) -> None:
 
 
 def test_integers_do_not_pair_with_floats(make: Maker) -> None:
-    tensors = llama_tensors()
-    tensors[Q] = torch.ones(8, 8, dtype=torch.int8)
+    name = "model.layers.0.mixer.table"
+    floats = {**llama_tensors(), name: torch.ones(2, 3)}
+    whole = {**llama_tensors(), name: torch.ones(2, 3, dtype=torch.int8)}
     with pytest.raises(MismatchError) as caught:
-        match(make(llama_tensors()), {"aligned": make(tensors)}, scope="block_linear")
-    assert Q in caught.value.message
+        match(make(floats), {"aligned": make(whole)}, scope="block_linear")
+    assert name in caught.value.message
 
 
 def test_float_types_may_differ_and_it_is_noted(make: Maker) -> None:

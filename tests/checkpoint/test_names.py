@@ -9,7 +9,8 @@ import pytest
 import torch
 from support.checkpoint_support import LLAMA, write_model
 
-from realign.checkpoint.names import TensorRole, classify, role_of
+from realign.checkpoint.headers import TensorInfo
+from realign.checkpoint.names import TensorRole, classify, find_head, role_of
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.checkpoint.slots import Slot, fusion_remark, slots_of
 
@@ -147,11 +148,38 @@ def test_fused_attention_of_other_families(
         ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", (8, 8), torch.float32, "other"),
         ("model.language_model.layers.0.mlp.up_proj.weight", (8, 8), torch.float32, "block_linear"),
         ("score.weight", (2, 8), torch.float32, "other"),
+        ("model.vision_tower.encoder.layers.0.norm1.weight", (8,), torch.float32, "other"),
+        ("model.qformer.encoder.layer.0.output.dense.weight", (8, 8), torch.float32, "other"),
+        ("model.layers.0.self_attn.indexer.wk.weight", (8, 8), torch.float32, "router"),
+        ("model.layers.0.altup.modality_router.weight", (4, 8), torch.float32, "router"),
+        ("model.layers.1.mlp.expert_bias", (4,), torch.float32, "router"),
+        ("model.layers.0.mlp.e_score_correction_bias", (4,), torch.float32, "router"),
+        ("transformer.attentions.0.q_lin.weight", (8, 8), torch.float32, "block_linear"),
+        ("transformer.ffns.1.lin1.weight", (8, 8), torch.float32, "block_linear"),
+        ("model.layers.0.mlp.shared_experts.up_proj", (2, 4, 8), torch.float32, "block_linear"),
+        ("model.layers.0.mamba.x_proj_weight", (2, 4, 8), torch.float32, "block_linear"),
+        ("backbone.layers.0.mixer.in_proj.weight", (8, 8), torch.float32, "block_linear"),
+        ("backbone.layers.0.mixer.dt_proj.weight", (8, 2), torch.float32, "block_linear"),
+        ("rwkv.blocks.0.attention.time_mix_key", (1, 1, 8), torch.float32, "other"),
+        ("transformer.tokens_embed.weight", (9, 8), torch.float32, "embedding"),
+        ("model.llm.embed.weight", (9, 8), torch.float32, "embedding"),
+        ("model.audio_tower.embed_positions.weight", (9, 8), torch.float32, "other"),
+        ("head.weight", (9, 8), torch.float32, "head"),
+        ("model.llm.unembed.weight", (9, 8), torch.float32, "head"),
+        ("cls.predictions.decoder.weight", (9, 8), torch.float32, "head"),
+        ("bert.encoder.layer.0.output.dense.weight", (8, 8), torch.float32, "block_linear"),
     ],
 )
-def test_kinds_by_name(
-    tmp_path: Path, name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str
-) -> None:
-    write_model(tmp_path, {name: torch.ones(shape, dtype=dtype)})
-    with open_checkpoint(tmp_path) as checkpoint:
-        assert classify(checkpoint)[name].kind == kind
+def test_kinds_by_name(name: str, shape: tuple[int, ...], dtype: torch.dtype, kind: str) -> None:
+    spelling = {torch.float32: "F32", torch.int8: "I8"}[dtype]
+    assert role_of(TensorInfo(name, spelling, shape, Path(), 0, 0)).kind == kind
+
+
+def test_the_outermost_head_is_the_models() -> None:
+    def heads(*names: str) -> str | None:
+        return find_head({n: TensorInfo(n, "F32", (9, 8), Path(), 0, 0) for n in names})
+
+    assert heads("model.patcher.lm_head.weight", "lm_head.weight") == "lm_head.weight"
+    assert heads("head.weight", "model.layers.0.attn.head.weight") == "head.weight"
+    assert heads("a.lm_head.weight", "b.lm_head.weight") is None
+    assert heads("model.norm.weight") is None
