@@ -20,6 +20,7 @@ from torch import Tensor
 from realign.audit.subspace_file import SubspaceFile, SubspaceRow
 from realign.audit.weights import MOST_UNMATCHED, NORM, NOT_VALIDATED
 from realign.checkpoint.headers import FLOATS
+from realign.checkpoint.layouts import conform
 from realign.checkpoint.names import TensorRole, classify
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of, stored_rows
@@ -87,7 +88,7 @@ def scan_family(
     Args:
         file: of the family, made from the reference.
         reference: the aligned model that the file was made from.
-        subject: a fine-tune of it.
+        subject: a fine-tune of it, in any layout.
         progress: counts bytes.
 
     Raises:
@@ -95,6 +96,7 @@ def scan_family(
         NonFiniteError: a tensor holds NaN or infinity; names it.
     """
     _check_commit(file, reference)
+    subject = conform(subject, reference)
     skipped: list[str] = []
     unmatched: list[str] = []
     compared: list[TensorRole] = []

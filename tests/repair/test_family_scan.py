@@ -161,6 +161,30 @@ def test_another_commit_is_refused_and_both_are_named(trio_of, tmp_path: Path) -
     assert f"org/model@{'1' * 40}" in (caught.value.hint or "")
 
 
+def test_a_subject_in_another_layout_gives_the_same_numbers(trio_of, tmp_path: Path) -> None:
+    trio = trio_of("phi3")
+    file = family(trio, tmp_path / "s")
+    folder = tmp_path / "split"
+    folder.mkdir()
+    shutil.copy(trio.finetuned / "config.json", folder)
+    parts: dict[str, Tensor] = {}
+    for name, value in read_folder(trio.finetuned).items():
+        for fused, sizes in (
+            ("qkv_proj", {"q_proj": 32, "k_proj": 16, "v_proj": 16}),
+            ("gate_up_proj", {"gate_proj": 48, "up_proj": 48}),
+        ):
+            if fused in name:
+                pieces = value.split(list(sizes.values()))
+                for part, piece in zip(sizes, pieces, strict=True):
+                    parts[name.replace(fused, part)] = piece.clone()
+                break
+        else:
+            parts[name] = value
+    save_file(parts, folder / "model.safetensors")
+    found, plain = (scan(file, trio.aligned, each) for each in (folder, trio.finetuned))
+    assert found.unmatched == () and found.rows == plain.rows and found.total == plain.total
+
+
 def edited(trio: Trio, folder: Path, change: dict[str, Tensor | None]) -> Path:
     folder.mkdir()
     shutil.copy(trio.finetuned / "config.json", folder)
