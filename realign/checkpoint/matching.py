@@ -59,6 +59,8 @@ _ARCHITECTURE_KEYS = (
     "model_type", "hidden_size", "num_hidden_layers", "n_embd", "n_layer", "num_experts",
     "num_local_experts",
 )  # fmt: skip
+# The same computation under two names: Phi-3 with its projections split is a Llama or a Mistral.
+_SAME_MODELS = frozenset((frozenset(("phi3", "llama")), frozenset(("phi3", "mistral"))))
 _VOCABULARY_MODULES = frozenset({"lm_head", "embed_out", "output_layer"})
 _PROBE_BYTES = 65536
 _COMPARE_BYTES = 8 * 2**20
@@ -220,6 +222,8 @@ def check_architecture(finetuned: Checkpoint, label: str, other: Checkpoint) -> 
     ours, theirs = text_config(finetuned.config), text_config(other.config)
     for key in _ARCHITECTURE_KEYS:
         mine, yours = ours.get(key), theirs.get(key)
+        if key == "model_type" and frozenset((mine, yours)) in _SAME_MODELS:
+            continue
         if mine is not None and yours is not None and mine != yours:
             raise MismatchError(
                 f"{finetuned.source} has {key} = {mine!r}, the {label} model {other.source} has "
@@ -256,17 +260,22 @@ def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> list[s
         return notes
     parts: list[str] = []
     if here:
-        parts.append(f"{len(here)} only in {finetuned.source} (first: {here[0]})")
+        parts.append(f"{len(here)} only in the fine-tune ({_first(here)})")
     if there:
-        parts.append(f"{len(there)} only in the {label} model {other.source} (first: {there[0]})")
+        parts.append(f"{len(there)} only in the {label} model ({_first(there)})")
     prefix = _prefix_between(ours, theirs)
     raise MismatchError(
-        "the tensors do not pair by name: " + "; ".join(parts),
+        f"{finetuned.source} and the {label} model {other.source} do not store the same tensors: "
+        + "; ".join(parts),
         f"the names differ by the prefix {prefix!r} alone: load both with the same class of "
         "transformers and save them again"
         if prefix
         else "the checkpoints must come from the same architecture and be saved the same way",
     )
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
 def _ahead(checkpoint: Checkpoint, names: list[str]) -> list[str]:
