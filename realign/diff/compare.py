@@ -1,8 +1,8 @@
 """What changed between two checkpoints, tensor by tensor, with sums per layer and module.
 
-Here: the order of things and the result as data. Not here: pairing (`pairs`), reading (`reading`),
-sums (`terms`), decompositions (`spectra`), small files (`files`), tables and pictures (the report
-room).
+Here: the order of things and the result as data. Not here: pairing (`pairs`), reading in step
+(`reading`), sums (`terms`), decompositions (`spectra`), small files (`files`), tables and pictures
+(the report room).
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from realign.checkpoint.layouts import conform
 from realign.checkpoint.reader import Checkpoint
 from realign.diff.files import FileChange, compare_files
 from realign.diff.pairs import Pair, Status, pair_tensors, require_one_architecture
-from realign.diff.reading import PIECE_BYTES, read_pieces
+from realign.diff.reading import PIECE_BYTES, measure_pieces
 from realign.diff.spectra import MatrixSpectrum, matrices_of, spectrum_of_change
-from realign.diff.terms import Figures, Meter, Terms
+from realign.diff.terms import Figures, Terms
 from realign.progress import SILENT, Progress
 
 DIFF_SCHEMA = "realign/diff/1"
@@ -260,7 +260,6 @@ def _measure(
     piece_bytes: int,
     progress: Progress,
 ) -> dict[str, Terms]:
-    meter = Meter()
     found: dict[str, Terms] = {}
     total = sum(
         pair.a.nbytes + pair.b.nbytes
@@ -268,11 +267,11 @@ def _measure(
         if pair.a is not None and pair.b is not None and pair.comparable
     )
     with progress.task("comparing", total=total, unit="B") as task:
-        pieces = read_pieces(pairs, a, b, reference=reference, piece_bytes=piece_bytes)
-        for piece in pieces:
-            so_far = found.get(piece.pair.name, Terms())
-            found[piece.pair.name] = so_far + meter.measure(piece.a, piece.b, piece.reference)
-            task.advance(piece.a.nbytes + piece.b.nbytes)
+        for pair, terms, nbytes in measure_pieces(
+            pairs, a, b, reference=reference, piece_bytes=piece_bytes
+        ):
+            found[pair.name] = found.get(pair.name, Terms()) + terms
+            task.advance(nbytes)
     return found
 
 

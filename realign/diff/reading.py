@@ -1,62 +1,51 @@
-"""Both checkpoints in step, piece by piece, read ahead of the arithmetic.
+"""Both checkpoints in step, piece by piece: a few threads read and measure, sums stay in order.
 
-At most `_AHEAD` pieces of each checkpoint are in memory. A piece is at least one row of the first
-dimension: one expert, where experts are stacked.
+A piece is at least one row of the first dimension: one expert, where experts are stacked. Every
+thread holds one piece of each checkpoint. Sums do not depend on the number of threads.
 """
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-
-from torch import Tensor
+from threading import local
 
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.reader import Checkpoint
 from realign.diff.pairs import Pair
+from realign.diff.terms import Meter, Terms
+from realign.subspace.threads import torch_threads
 
 PIECE_BYTES = 4 * 2**20
+_MOST_THREADS = 4
 _AHEAD = 3
+"""Pieces that wait for each thread: enough to keep it busy, next to nothing in memory."""
 
 Rows = tuple[int, int] | None
 
 
-@dataclass(frozen=True, eq=False)
-class Piece:
-    """The same rows of a pair of tensors, as stored."""
-
-    pair: Pair
-    a: Tensor
-    b: Tensor
-    reference: Tensor | None
-    last: bool
-    """Nothing of the pair follows."""
-
-
 @dataclass(frozen=True)
-class _Wanted:
+class _Piece:
     pair: Pair
-    a: Future[Tensor]
-    b: Future[Tensor]
-    reference: Future[Tensor] | None
-    last: bool
-
-    def get(self) -> Piece:
-        r = None if self.reference is None else self.reference.result()
-        return Piece(self.pair, self.a.result(), self.b.result(), r, self.last)
+    a: TensorInfo
+    b: TensorInfo
+    rows: Rows
+    nbytes: int
+    """Bytes of both."""
 
 
-def read_pieces(
+def measure_pieces(
     pairs: Sequence[Pair],
     a: Checkpoint,
     b: Checkpoint,
     *,
     reference: Checkpoint | None = None,
     piece_bytes: int = PIECE_BYTES,
-) -> Iterator[Piece]:
-    """Read comparable pairs in order; each ends with its `last` piece, also an empty one.
+) -> Iterator[tuple[Pair, Terms, int]]:
+    """Yield the terms of every piece of the comparable pairs in order, and its bytes.
 
     Args:
         pairs: what to read; those that are not comparable are passed over.
@@ -65,48 +54,50 @@ def read_pieces(
         reference: read where it holds A's tensor in A's shape.
         piece_bytes: about so much of one tensor at a time.
     """
-    with ThreadPoolExecutor(max_workers=2 if reference is None else 3) as pool:
-        waiting: deque[_Wanted] = deque()
+    own = local()
+
+    def measure(piece: _Piece) -> Terms:
+        if not hasattr(own, "meter"):
+            own.meter = Meter()
+        meter: Meter = own.meter
+        third = None
+        if reference is not None and _fits(reference, piece):
+            third = reference.read(piece.a.name, piece.rows)
+        one, two = a.read(piece.a.name, piece.rows), b.read(piece.b.name, piece.rows)
+        return meter.measure(one, two, third)
+
+    workers = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
+    waiting: deque[tuple[_Piece, Future[Terms]]] = deque()
+    with torch_threads(1), ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            for pair in pairs:
-                if pair.a is None or pair.b is None or not pair.comparable:
-                    continue
-                there = _reference_of(pair, pair.a, reference)
-                for rows, last in _steps(pair, pair.a, pair.b, piece_bytes):
-                    waiting.append(
-                        _Wanted(
-                            pair,
-                            pool.submit(a.read, pair.a.name, rows),
-                            pool.submit(b.read, pair.b.name, rows),
-                            None if there is None else pool.submit(there.read, pair.a.name, rows),
-                            last,
-                        )
-                    )
-                    if len(waiting) >= _AHEAD:
-                        yield waiting.popleft().get()
+            for piece in _pieces(pairs, piece_bytes):
+                waiting.append((piece, pool.submit(measure, piece)))
+                if len(waiting) > _AHEAD * workers:
+                    done, terms = waiting.popleft()
+                    yield done.pair, terms.result(), done.nbytes
             while waiting:
-                yield waiting.popleft().get()
+                done, terms = waiting.popleft()
+                yield done.pair, terms.result(), done.nbytes
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _reference_of(pair: Pair, a: TensorInfo, reference: Checkpoint | None) -> Checkpoint | None:
-    if reference is None:
-        return None
-    there = reference.tensors.get(a.name)
-    fits = there is not None and there.shape == a.shape and pair.rows is None
-    return reference if fits else None
+def _fits(reference: Checkpoint, piece: _Piece) -> bool:
+    there = reference.tensors.get(piece.a.name)
+    return there is not None and there.shape == piece.a.shape and piece.pair.rows is None
 
 
-def _steps(
-    pair: Pair, a: TensorInfo, b: TensorInfo, piece_bytes: int
-) -> Iterator[tuple[Rows, bool]]:
-    if not a.shape:
-        yield None, True
-        return
-    total = a.shape[0] if pair.rows is None else pair.rows
-    row_bytes = max(a.nbytes // max(1, a.shape[0]), b.nbytes // max(1, b.shape[0]), 1)
-    step = max(1, piece_bytes // row_bytes)
-    for start in range(0, max(total, 1), step):
-        stop = min(start + step, total)
-        yield (start, stop), stop >= total
+def _pieces(pairs: Sequence[Pair], piece_bytes: int) -> Iterator[_Piece]:
+    for pair in pairs:
+        a, b = pair.a, pair.b
+        if a is None or b is None or not pair.comparable:
+            continue
+        if not a.shape:
+            yield _Piece(pair, a, b, None, a.nbytes + b.nbytes)
+            continue
+        total = a.shape[0] if pair.rows is None else pair.rows
+        of_a, of_b = a.nbytes // max(1, a.shape[0]), b.nbytes // max(1, b.shape[0])
+        step = max(1, piece_bytes // max(of_a, of_b, 1))
+        for start in range(0, max(total, 1), step):
+            stop = min(start + step, total)
+            yield _Piece(pair, a, b, (start, stop), (stop - start) * (of_a + of_b))
