@@ -1,0 +1,62 @@
+"""Activations of a model that is stored in another layout than the fine-tune."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from support.layouts_support import Respell, make_family, nested, respelled, split_phi3
+
+from realign.checkpoint.slots import slot_shape
+from realign.model.moments import MomentRequest
+from realign.repair.plan import plan_repair
+from realign.repair.request import RepairRequest, open_inputs
+from realign.repair.workbench import moment_requests
+
+
+def requests_of(root: Path, respell: Respell, *, turned: bool) -> dict[str, MomentRequest]:
+    """What LSSF asks of the aligned model; `turned`: the fine-tune is the one respelled."""
+    trio = make_family(root / "saved", "phi3")
+    other = respelled(trio, root / "other", respell)
+    one, two = (other, trio) if turned else (trio, other)
+    family = replace(one, aligned=two.aligned)
+    request = RepairRequest(
+        finetuned=family.finetuned, aligned=family.aligned, base=family.base, method="lssf"
+    )
+    with open_inputs(request) as inputs:
+        plan = plan_repair(request, inputs)
+        shown = inputs.others["aligned"]
+        found = moment_requests(plan, inputs.finetuned, running=shown, standardize="token")
+        shapes = {slot.key: slot_shape(inputs.finetuned.tensors[slot.tensor].shape, slot)
+                  for pair in plan.edits for slot in pair.slots}  # fmt: skip
+    assert found.keys() == shapes.keys()
+    for key, each in found.items():
+        assert each.rows is None or each.rows[1] - each.rows[0] == shapes[key][0]
+    return found
+
+
+def test_a_split_model_is_asked_for_its_own_modules(tmp_path: Path) -> None:
+    found = requests_of(tmp_path, split_phi3, turned=False)
+    attention = "model.layers.0.self_attn."
+    for part in ("q_proj", "k_proj", "v_proj"):
+        each = found[f"{attention}qkv_proj.weight[{part}]"]
+        assert (each.module_path, each.rows) == (f"{attention}{part}", None)
+
+
+def test_a_fused_model_is_asked_for_rows(tmp_path: Path) -> None:
+    found = requests_of(tmp_path, split_phi3, turned=True)
+    attention = "model.layers.0.self_attn."
+    rows = {part: found[f"{attention}{part}_proj.weight"].rows for part in "qkv"}
+    assert rows == {"q": (0, 32), "k": (32, 48), "v": (48, 64)}
+    assert {each.module_path for key, each in found.items() if "self_attn" in key} == {
+        f"{attention}qkv_proj", f"{attention}o_proj",
+    }  # fmt: skip
+
+
+def test_a_wrapped_model_is_asked_by_its_own_names(tmp_path: Path) -> None:
+    found = requests_of(tmp_path, nested, turned=False)
+    assert {each.module_path.partition(".layers")[0] for each in found.values()} == {
+        "model.language_model"
+    }
+    assert json.loads((tmp_path / "other/aligned/config.json").read_text())["model_type"] == "phi3"
