@@ -132,7 +132,7 @@ def compare(
 def ratios(runs: Runs, starts: Runs) -> dict[str, Any]:
     """Ours over the floors; the others over ours: whole commands, and without start-up."""
     begun = {
-        name: statistics.median(each["wall"] for each in repeats)
+        name: {key: statistics.median(each[key] for each in repeats) for key in ("wall", "cpu")}
         for name, repeats in starts.items()
     }
     found: dict[str, Any] = {}
@@ -146,14 +146,13 @@ def ratios(runs: Runs, starts: Runs) -> dict[str, Any]:
             (ours, theirs) if contender == "floor" else (theirs, ours)
         )
         pairs = list(zip(top, low, strict=True))
-        found[name] = {
-            "of": "ours / this" if contender == "floor" else "this / ours",
-            "wall_without_start_up": _spread(
-                [(up["wall"] - top_start) / (down["wall"] - low_start) for up, down in pairs]
-            ),
-        }
+        found[name] = {"of": "ours / this" if contender == "floor" else "this / ours"}
         for key in ("wall", "cpu", "peak_rss"):
             found[name][key] = _spread([up[key] / down[key] for up, down in pairs])
+        for key in ("wall", "cpu"):
+            found[name][f"{key}_without_start_up"] = _spread(
+                [(up[key] - top_start[key]) / (down[key] - low_start[key]) for up, down in pairs]
+            )
     return found
 
 

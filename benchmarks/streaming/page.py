@@ -117,14 +117,14 @@ def _compare(found: Mapping[str, Any]) -> str:
 
 
 def _ratios(found: Mapping[str, Any]) -> str:
+    keys = ("wall", "wall_without_start_up", "cpu", "cpu_without_start_up", "peak_rss")
     lines = [
-        [
-            each["of"].replace("this", name),
-            *(spread(each[key]) for key in ("wall", "wall_without_start_up", "cpu", "peak_rss")),
-        ]
+        [each["of"].replace("this", name), *(spread(each[key]) for key in keys)]
         for name, each in found["ratios"].items()
     ]
-    return table(["ratio", "wall", "wall, start-up taken off", "CPU", "peak RSS"], lines)
+    return table(
+        ["ratio", "wall", "without start-up", "CPU", "without start-up", "peak RSS"], lines
+    )
 
 
 def _agreement(found: Mapping[str, Any]) -> str:
