@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, help="of wide")
     parser.add_argument("--vocab", type=int, help="of wide; less than 128256 saves disk and time")
     options = parser.parse_args()
+    options.work = options.work.resolve()
     unknown = set(options.stages) - set(STAGES)
     if unknown:
         parser.error(f"no such stage: {', '.join(sorted(unknown))}")

@@ -7,6 +7,7 @@ imports and do nothing, because a user pays for that as well.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -119,9 +120,10 @@ def mergekit_environment(folder: Path) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
     constraints = CONSTRAINTS.read_text("utf-8").splitlines()
     torch = next(line for line in constraints if line.startswith("torch=="))
-    # torch first and alone, for the reason that the Makefile gives.
-    for wanted in (torch, f"mergekit=={MERGEKIT}"):
-        pip: Sequence[str | Path] = (python, "-m", "pip", "--quiet", "install", "-c", CONSTRAINTS)
-        subprocess.run([*pip, wanted], check=True)
+    # torch first and alone, and from its own index where one is named, as in the Makefile.
+    index = os.environ.get("TORCH_INDEX")
+    pip: Sequence[str | Path] = (python, "-m", "pip", "--quiet", "install", "-c", CONSTRAINTS)
+    subprocess.run([*pip, *(["--index-url", index] if index else []), torch], check=True)
+    subprocess.run([*pip, f"mergekit=={MERGEKIT}"], check=True)
     ready.touch()
     return python

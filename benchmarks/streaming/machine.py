@@ -14,7 +14,7 @@ PACKAGES = ("realign-llm", "torch", "transformers", "safetensors", "numpy")
 
 
 def machine() -> dict[str, Any]:
-    """Cores, memory, processor, system and library versions."""
+    """Cores, memory, processor, system, library versions, and how much others come first."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
@@ -23,6 +23,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "openssl": _openssl(),
+        "niceness": os.nice(0),
     }
 
 

@@ -78,6 +78,7 @@ def _conditions(data: Data) -> str:
                         each.get("processor"),
                         f"{each.get('memory_gb')} GB",
                         device,
+                        f"niceness {each['niceness']}" if each.get("niceness") else None,
                     )
                     if part
                 ),
