@@ -23,7 +23,7 @@ from torch import Tensor
 
 from realign.checkpoint.layouts import LayoutView, conform, locate, original
 from realign.checkpoint.matching import match, same_weights
-from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.checkpoint.reader import Checkpoint, FolderCheckpoint, open_checkpoint
 from realign.checkpoint.slots import Slot, slots_of
 from realign.checkpoint.spellings import spelled
 from realign.errors import MismatchError
@@ -126,6 +126,52 @@ def test_any_rows_of_a_view_are_rows_of_the_whole(
     start = data.draw(st.integers(0, rows))
     stop = data.draw(st.integers(start, rows))
     assert torch.equal(view.read(name, (start, stop)), wanted.read(name)[start:stop])
+
+
+class Watched(FolderCheckpoint):
+    """A folder that remembers how many bytes each read of it returned."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, source=str(folder))
+        self.sizes: list[int] = []
+
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        found = super().read(name, rows)
+        self.sizes.append(found.nbytes)
+        return found
+
+    def read_within(self, name: str, index: int, rows: tuple[int, int]) -> Tensor:
+        found = super().read_within(name, index, rows)
+        self.sizes.append(found.nbytes)
+        return found
+
+
+@pytest.mark.parametrize("layout", ["split", "stack"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_only_the_rows_that_are_asked_for_are_read(
+    opened: dict[str, tuple[Checkpoint, Checkpoint]], layout: str, turned: bool
+) -> None:
+    shown, wanted = reversed(opened[layout]) if turned else opened[layout]
+    with Watched(shown.folder) as watched:
+        view = conform(watched, wanted)
+        for name, info in wanted.tensors.items():
+            watched.sizes.clear()
+            for row in range(info.shape[0]):
+                view.read(name, (row, row + 1))
+            assert sum(watched.sizes) == info.nbytes, name
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_of_a_transposed_stack_one_expert_at_a_time_is_held(
+    opened: dict[str, tuple[Checkpoint, Checkpoint]], turned: bool
+) -> None:
+    shown, wanted = opened["transposed"][::-1] if turned else opened["transposed"]
+    largest = 24 * 8 * 4  # gate and up of one expert, in float32
+    with Watched(shown.folder) as watched:
+        view = conform(watched, wanted)
+        for name in wanted.tensors:
+            view.read(name)
+    assert watched.sizes and max(watched.sizes) <= largest
 
 
 @pytest.mark.parametrize("arch", [*CONFIGS, "gpt_neox", "phimoe", "aria_text"])
