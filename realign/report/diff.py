@@ -74,7 +74,7 @@ def headline(found: Difference) -> Iterator[str]:
         counts = ", ".join(
             f"{count} {_STATUS[status]}" for status, count in sorted(found.counts.items())
         )
-        yield f"{len(found.rows)} tensors: {counts}"
+        yield f"{len(found.rows)} tensor{'' if len(found.rows) == 1 else 's'}: {counts}"
         figures = found.total.figures
         if figures.relative is not None:
             yield (
