@@ -251,7 +251,7 @@ def _footnotes(found: Difference) -> Iterator[str]:
         return
     yield "relative: norm(B - A) / norm(A); changed: entries whose stored bits differ"
     if any(row.spectra for row in found.rows):
-        yield "rank: effective rank of B - A, exp of the entropy of its squared singular values"
+        yield "rank: effective rank of B - A (exp of its entropy); of layers and modules, the mean"
     if found.spectra == "small" and any(_left_out(row) for row in found.rows):
         yield f"ranks are given for matrices up to {SMALL} wide: --spectra takes all of them"
 
