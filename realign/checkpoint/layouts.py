@@ -48,10 +48,10 @@ def conform(other: Checkpoint, finetuned: Checkpoint) -> Checkpoint:
         `other` itself where nothing differs, else a view of it. Tensors without a counterpart keep
         their names: `matching.match` refuses them by name.
     """
-    ours = {name: parts_of(finetuned, name) for name in finetuned.tensors}
-    wanted = [name for name in ours if not _agree(finetuned, other, name)]
+    wanted = [name for name in finetuned.tensors if not _agree(finetuned, other, name)]
     if not wanted:
         return other
+    ours = {name: parts_of(finetuned, name) for name in finetuned.tensors}
     theirs = {
         name: parts_of(other, name)
         for name in other.tensors
@@ -175,9 +175,8 @@ def _agree(finetuned: Checkpoint, other: Checkpoint, name: str) -> bool:
     here, there = finetuned.tensors[name], other.tensors.get(name)
     if there is None:
         return False
-    if role_of(here).kind in {"embedding", "head"}:
-        return True  # other lengths are for `match`
-    return here.shape == there.shape
+    # Another length of the vocabulary is for `match` to judge.
+    return here.shape == there.shape or role_of(here).kind in {"embedding", "head"}
 
 
 def _unique(parts: Iterable[Part]) -> dict[str, Slot]:
