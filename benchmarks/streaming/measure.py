@@ -61,7 +61,9 @@ def run(command: Command, *, inputs: Iterable[Path] = ()) -> dict[str, Any]:
         shutil.rmtree(command.output, ignore_errors=True)
     os.sync()
     warm(inputs)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # Threads are the contender's own choice, as for somebody who sets nothing.
+    kept = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")}
+    environment = {**kept, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as scratch:
         result, log = Path(scratch, "result.json"), Path(scratch, "log")
         # A small process in between: see launch.py.

@@ -17,9 +17,12 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/io").exists(), reason="the benchmark reads memory from /proc"
-)
+pytestmark = [
+    pytest.mark.skipif(
+        not Path("/proc/self/io").exists(), reason="the benchmark reads memory from /proc"
+    ),
+    pytest.mark.timeout(600),  # ten processes that import torch: half a minute, minutes when busy
+]
 
 
 def run_module(name: str, *arguments: str | Path) -> str:
@@ -28,7 +31,7 @@ def run_module(name: str, *arguments: str | Path) -> str:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
