@@ -111,9 +111,9 @@ def _scaling(found: Mapping[str, Any]) -> Any:
         axis.set_xlabel("GB read and written (three checkpoints in, one out)")
         axis.set_xlim(0, None)
     left.set_ylim(0, None)
-    for each, x, y in zip(runs, moved, peaks, strict=True):
-        label = f"{each['family'].replace('+', ' x2')}"
-        right.annotate(label, (x, y), (0, -12), textcoords="offset points", ha="center", fontsize=7)
+    for i, (each, x, y) in enumerate(zip(runs, moved, peaks, strict=True)):
+        label, place = each["family"].replace("+", " x2"), (0, -12 if i % 2 else 6)
+        right.annotate(label, (x, y), place, textcoords="offset points", ha="center", fontsize=7)
     return figure
 
 
