@@ -7,15 +7,17 @@ an uninterrupted one. What is trained on is the caller's affair; nothing here kn
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from realign.errors import NonFiniteError, OutputError, UsageError
@@ -249,15 +251,14 @@ def _save(
     plan: TrainingPlan,
     step: int,
 ) -> None:
-    state: dict[str, Any] = {
-        "plan": asdict(plan),
-        "step": step,
-        "parameters": {name: p.detach() for name, p in learning.items()},
-        "optimizer": optimizer.state_dict(),
-    }
+    tensors = {f"parameters.{name}": p.detach().contiguous() for name, p in learning.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{key}": value for key, value in moments.items()}
+    # Not torch.save: what was saved as a pickle could only be loaded as one.
+    facts = {"plan": json.dumps(asdict(plan)), "step": str(step)}
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(file.name + ".partial")
-    torch.save(state, partial)
+    save_file(tensors, partial, metadata=facts)
     partial.replace(file)
 
 
@@ -269,14 +270,28 @@ def _restore(
 ) -> int:
     hint = "delete it to train from the start"
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # a truncated zip, a foreign file: torch raises many kinds
+        with safe_open(file, "pt") as opened:
+            facts = opened.metadata() or {}
+            names: list[str] = list(opened.keys())
+            tensors: dict[str, Tensor] = {name: opened.get_tensor(name) for name in names}
+        saved_plan, step = json.loads(facts["plan"]), int(facts["step"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise OutputError(f"{file}: not a training state ({error})", hint) from error
-    saved_plan = {**state["plan"], "betas": tuple(state["plan"]["betas"])}
-    if saved_plan != asdict(plan) or set(state["parameters"]) != set(learning):
+    parameters = {
+        key.removeprefix("parameters."): tensor
+        for key, tensor in tensors.items()
+        if key.startswith("parameters.")
+    }
+    if saved_plan != json.loads(json.dumps(asdict(plan))) or set(parameters) != set(learning):
         raise OutputError(f"{file}: the state of another training run", hint)
     with torch.no_grad():
         for name, parameter in learning.items():
-            parameter.copy_(state["parameters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+            parameter.copy_(parameters[name])
+    moments: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, kind = key.split(".")
+            moments.setdefault(int(index), {})[kind] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return step
