@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from realign.checkpoint.headers import FLOATS, TensorInfo
@@ -152,35 +153,42 @@ def classify(checkpoint: Checkpoint) -> Mapping[str, TensorRole]:
 
 def role_of(info: TensorInfo) -> TensorRole:
     """The role of one tensor, from its name, type and number of dimensions."""
-    parts = info.name.split(".")
-    leaf = parts[-1]
+    return _role(info.name, info.dtype in FLOATS, len(info.shape))
+
+
+@lru_cache(maxsize=2**17)  # asked many times of every tensor, and large models have 10^5 of them
+def _role(name: str, floating: bool, dimensions: int) -> TensorRole:
+    parts = name.split(".")
+    leaf, tower = parts[-1], in_tower(name)
     module = parts[-2] if len(parts) > 1 and leaf in {"weight", "bias"} else leaf
-    found = None if in_tower(info.name) else _LAYER.search(info.name)
+    found = None if tower else _LAYER.search(name)
     layer = int(found.group(1)) if found else None
-    return TensorRole(info.name, _kind(info, parts, module, layer), module, layer)
+    if not floating or leaf in _BUFFERS or (leaf == "bias" and dimensions > 2):
+        kind: Kind = "buffer"
+    elif tower:
+        kind = "other"
+    elif layer is not None and not _ROUTERS.isdisjoint(parts):
+        kind = "router"
+    elif leaf == "bias" or leaf.endswith("_bias"):
+        kind = "bias"
+    elif dimensions == 1:
+        kind = "norm" if any(_NORM.search(part.lower()) for part in parts[-2:]) else "other"
+    else:
+        kind = _kind_of_matrix(name, module, layer, dimensions)
+    return TensorRole(name, kind, module, layer)
 
 
-def _kind(info: TensorInfo, parts: list[str], module: str, layer: int | None) -> Kind:
-    leaf, dimensions = parts[-1], len(info.shape)
-    if info.dtype not in FLOATS or leaf in _BUFFERS or (leaf == "bias" and dimensions > 2):
-        return "buffer"
-    if in_tower(info.name):
-        return "other"
-    if layer is not None and _ROUTERS.intersection(parts):
-        return "router"
-    if leaf == "bias" or leaf.endswith("_bias"):
-        return "bias"
-    if dimensions == 1:
-        return "norm" if any(_NORM.search(part.lower()) for part in parts[-2:]) else "other"
+def _kind_of_matrix(name: str, module: str, layer: int | None, dimensions: int) -> Kind:
     if module in _EMBEDDINGS or (layer is None and module in _OUTER_EMBEDDINGS):
         return "embedding"
-    if _is_head(info.name):
+    if _is_head(name):
         return "head"
     if layer is None:
         return "other"
+    in_experts = _EXPERTS.search(name) is not None
     if dimensions == 2:
         # DBRX piles its experts up in two dimensions, as parameters without a module.
-        piled = leaf in _PILED and _EXPERTS.search(info.name) is not None
-        return "block_linear" if leaf == "weight" or piled else "other"
-    stacked = _EXPERTS.search(info.name) is not None or module in _STACKED
-    return "block_linear" if dimensions == 3 and stacked else "other"
+        linear = name.endswith(".weight") or (in_experts and module in _PILED)
+    else:
+        linear = dimensions == 3 and (in_experts or module in _STACKED)
+    return "block_linear" if linear else "other"
