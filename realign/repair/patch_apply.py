@@ -186,6 +186,8 @@ class _Merge:
         rank: int | None = None
         if how == "product":
             factors = self.merged.factors(name)
+            for part in (tensor for each in factors for tensor in (each.a, each.b)):
+                check_input(part, name=name, role="patch", source=self.patch.source)
             rank = sum(each.b.shape[1] for each in factors)
             stored, effect = self._add(name, factors)
             check_output(stored, name=name, dtype=str(stored.dtype))

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from realign.report.repair import settings_text, size, vector_text
+from realign.report.tables import plain_table
 from realign.report.words import MISSING, number
 
 if TYPE_CHECKING:
@@ -24,37 +25,36 @@ _MATCH = {
 }
 
 
-def patch_summary(record: Mapping[str, Any]) -> str:
-    """One line about a patch that was just written, from the manifest's `patch` record."""
-    rank = record["rank"]
-    low, high = rank["min"], rank["max"]
-    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}, mean {rank['mean']:.1f},"
-    share = 100 * record["nbytes"] / record["model_bytes"] if record["model_bytes"] else 0.0
-    error = record["error"]
-    exact = "exact" if error == 0.0 else f"truncated, largest relative error {error:.3g}"
-    kind = "adapter with the repair in it" if record["extends_adapter"] else "patch"
-    return (
-        f"{kind}: {ranks} in {record['modules']} modules, {size(record['nbytes'])} "
-        f"({share:.2g} % of the checkpoint), {exact}"
-    )
+def patch_facts(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return rank and size of the patch that a manifest describes; None for a checkpoint."""
+    record: Mapping[str, Any] | None = manifest.get("patch")
+    if record is None or manifest.get("kind") != "patch":
+        return None
+    whole = record["model_bytes"]
+    facts = {key: value for key, value in record.items() if key != "edit_ranks"}
+    return {
+        **facts,
+        "percent": 100 * record["nbytes"] / whole if whole else None,
+        "exact": record["error"] == 0.0,
+    }
+
+
+def patch_summary(facts: Mapping[str, Any]) -> str:
+    """Return one line about a patch that was just written, from its facts."""
+    low, high = facts["rank"]["min"], facts["rank"]["max"]
+    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
+    kind = "adapter with the repair in it" if facts["extends_adapter"] else "patch"
+    share = "" if facts["percent"] is None else f" ({facts['percent']:.2g} % of the checkpoint)"
+    error = "exact" if facts["exact"] else f"truncated, largest relative error {facts['error']:.3g}"
+    return f"{kind}: {ranks} in {facts['modules']} modules, {size(facts['nbytes'])}{share}, {error}"
 
 
 def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
     """Return what `realign patch inspect` shows."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
     from rich.text import Text
 
     lines = [Text.assemble((f"{name:17}", "dim"), value) for name, value in _facts(found) if value]
-    table = Table(
-        title="Layer by layer",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-    )
+    table = plain_table("Layer by layer")
     for title in ("layer", "modules", "rank", "", "norm", "error", "size"):
         table.add_column(title, justify="left" if title in ("", "modules") else "right")
     layers: dict[int | None, list[InspectedModule]] = {}
@@ -100,7 +100,6 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ("from", inputs),
         ("strength", f"{patch.strength:g}"),
         ("size", f"{size(patch.nbytes)} in {modules} modules{share}"),
-        ("", ""),
         (
             "edit",
             f"truncated, largest relative error {found.error:.3g}"

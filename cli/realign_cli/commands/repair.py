@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from realign.errors import GateFailedError, UsageError
+from realign.errors import UsageError
 from realign_cli.command import FLAG, Example, command
-from realign_cli.commands.audit import command_line, load_suites
 from realign_cli.options import (
     AUDIT_PANEL,
     Aligned,
@@ -28,10 +27,10 @@ from realign_cli.options import (
     Suites,
     Unaligned,
 )
+from realign_cli.repair_gate import RepairGate
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
-    from realign.audit.schema import GateEntry, Report
     from realign.repair.engine import RepairResult
     from realign.repair.plan import Plan
     from realign.repair.request import RepairRequest
@@ -60,6 +59,11 @@ EXAMPLES = (
         "another method, a parameter, and four fifths of its edit",
     ),
     Example(
+        "realign repair ./my-lora --aligned org/model-instruct --base org/model \\\n"
+        "    --patch -o ./repaired-lora",
+        "a fine-tune that is an adapter: the same adapter with the repair in it",
+    ),
+    Example(
         "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
         "    --audit --suite harmful.jsonl --suite safe.jsonl --policy policy.toml \\\n"
         "    -o ./repaired",
@@ -79,7 +83,10 @@ is resumed by the same command.
 method as published.
 
 With `--patch`, a low-rank edit is written as a LoRA adapter over the fine-tune, which peft loads
-and scales.
+and `realign patch` merges, scales and inspects ([patches](../patches.md)). Edits that are dense or
+of too large a rank are refused, or truncated to `--max-patch-rank` with the error reported. A
+fine-tune that is itself a LoRA adapter becomes one new adapter over the same base: its own factors,
+bit for bit, and the repair's.
 
 Exit codes: 0 done (and within policy, with `--audit`); 1 a gate failed or is inconclusive, or the
 run changed nothing; 2 could not complete, or there is nothing to repair. After 1 and 2 there is no
@@ -159,12 +166,20 @@ def repair(
         typer.Option("--dry-run", metavar=FLAG, help="Read headers only; print the plan."),
     ] = False,
     patch: Annotated[
-        bool, typer.Option("--patch", metavar=FLAG, help="Write a LoRA adapter, not a checkpoint.")
+        bool,
+        typer.Option(
+            "--patch",
+            metavar=FLAG,
+            help="Write a LoRA adapter over the fine-tune, not a checkpoint; a fine-tune that is "
+            "itself an adapter becomes one with the repair in it.",
+        ),
     ] = False,
     max_patch_rank: Annotated[
         int | None,
         typer.Option(
-            "--max-patch-rank", metavar="R", help="Truncate larger edits, and report the error."
+            "--max-patch-rank",
+            metavar="R",
+            help="Truncate edits of larger rank, also dense ones, and report the error.",
         ),
     ] = None,
     force: Annotated[
@@ -246,7 +261,7 @@ def repair(
     assert out is not None
     gate = None
     if audit:
-        gate = _Gate(
+        gate = RepairGate(
             sink,
             request,
             folder=audit_out or out.with_name(f"{out.name}-audit"),
@@ -273,19 +288,22 @@ def _show_plan(sink: Sink, request: RepairRequest) -> None:
     sink.show(*plan_tables(planned))
 
 
-def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -> None:
+def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: RepairGate | None) -> None:
     from realign.repair.engine import repair as carry_out
+    from realign.report.patch import patch_facts, patch_summary
     from realign.report.repair import rows_table
 
     before_commit: Callable[[Path], None] | None = gate
     result = carry_out(
         request, progress=sink.progress, attach=_picture, before_commit=before_commit
     )
+    written = patch_facts(result.manifest)
     drawn = PICTURE in result.manifest["output"]["files"]
     sink.document(
         {
             "output": str(out),
             "picture": str(out / PICTURE) if drawn else None,
+            "patch": written,
             "manifest": dict(result.manifest),
             "audit": None if gate is None else str(gate.folder / "audit.json"),
             "gates": None if gate is None else gate.gates(),
@@ -293,13 +311,15 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: _Gate | None) -
         }
     )
     sink.show(rows_table(result.rows), "")
+    if written is not None:
+        sink.show(patch_summary(written), "")
     if gate is not None and gate.report is not None:
         gate.show()
     sink.line(str(out))
     _remark(sink, result, out=out, gate=gate)
 
 
-def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: _Gate | None) -> None:
+def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: RepairGate | None) -> None:
     """Say on standard error what the output alone does not: what it rests on, what is open."""
     for doubt in result.plan.doubts:
         sink.warning(doubt)
@@ -326,100 +346,3 @@ def _picture(manifest: Mapping[str, Any]) -> dict[str, bytes]:
     with TemporaryDirectory() as folder:
         file = write_repair_picture(manifest, Path(folder) / Path(PICTURE).name)
         return {} if file is None else {PICTURE: file.read_bytes()}
-
-
-class _Gate:
-    """Audits the finished output in its temporary folder; raises if the gates do not pass."""
-
-    def __init__(
-        self, sink: Sink, request: RepairRequest, *, folder: Path, options: dict[str, Any]
-    ) -> None:
-        from realign.audit.policy import load_policy, require_gate
-
-        # Whatever is wrong with suites or policy must show before the repair, not after it.
-        self._policy = None if options["policy"] is None else load_policy(options["policy"])
-        if self._policy is not None:
-            require_gate(self._policy)
-        self._suites = load_suites(options["suites"])
-        self._options = options
-        self._sink = sink
-        self._request = request
-        self.folder = folder
-        self.report: Report | None = None
-
-    def __call__(self, temporary: Path) -> None:
-        from realign.audit.request import AuditRequest
-        from realign.audit.run import run_audit
-        from realign.report.files import write_report_files
-        from realign_cli.commands.audit import manifest_of
-
-        options, request = self._options, self._request
-        self.report = run_audit(
-            AuditRequest(
-                subject=str(request.finetuned),
-                reference=request.aligned,
-                repaired=temporary,
-                base=request.base,
-                suites=self._suites,
-                judges=tuple(options["judges"] or ()),
-                policy=self._policy,
-                calibration=_calibration(request),
-                out=self.folder,
-                seed=request.seed,
-                device=request.device,
-                limit=options["limit"],
-                max_new_tokens=options["max_new_tokens"],
-                command=command_line(),
-                offline=request.offline,
-                batch_size=options["batch_size"],
-            ),
-            progress=self._sink.progress,
-        )
-        write_report_files(self.report, self.folder, manifest=manifest_of(temporary))
-        if self.report.exit_code != 0:
-            self.show()
-            failed = [g.id for g in self.report.gates if g.required and g.status != "pass"]
-            reason = f"the repair is not kept: {', '.join(failed) or 'a gate'} did not pass"
-            self._sink.document(
-                {
-                    "output": None,
-                    "picture": None,
-                    "manifest": None,
-                    "audit": str(self.folder / "audit.json"),
-                    "gates": self.gates(),
-                    "exit": {"code": GateFailedError.exit_code, "reason": reason},
-                }
-            )
-            raise GateFailedError(
-                reason,
-                f"see {self.folder / 'report.html'}; a smaller or larger --strength, other "
-                "settings or another method may pass",
-            )
-
-    def gates(self) -> list[dict[str, Any]]:
-        """Return the gates as JSON."""
-        assert self.report is not None
-        return [gate.model_dump(mode="json", by_alias=True) for gate in self.report.gates]
-
-    def undecided(self) -> list[GateEntry]:
-        """Return the required gates that the data could not decide."""
-        assert self.report is not None
-        return [g for g in self.report.gates if g.required and g.status == "inconclusive"]
-
-    def show(self) -> None:
-        """Show the audit on the terminal."""
-        from realign.report.terminal import render
-
-        assert self.report is not None
-        self._sink.show(*render(self.report, width=self._sink.out.width), "")
-        self._sink.line(str(self.folder / "report.html"))
-
-
-def _calibration(request: RepairRequest) -> tuple[Any, ...]:
-    from realign.repair.plan import load_anchors
-    from realign.repair.registry import find_method
-
-    assert isinstance(request.method, str)
-    if not find_method(request.method).needs_anchors:
-        return ()
-    return (load_anchors(request.anchors),)
