@@ -18,7 +18,7 @@ from realign.checkpoint.reader import Checkpoint
 from realign.diff.files import FileChange, compare_files
 from realign.diff.pairs import Pair, Status, pair_tensors, require_one_architecture
 from realign.diff.reading import PIECE_BYTES, measure_pieces
-from realign.diff.spectra import MatrixSpectrum, matrices_of, spectrum_of_change
+from realign.diff.spectra import MatrixSpectrum, matrices_of, spectra_of_change
 from realign.diff.terms import Figures, Terms
 from realign.progress import SILENT, Progress
 
@@ -312,16 +312,14 @@ def _with_spectra(
         and row.shape_a == row.shape_b
         and row.name_a == row.name_b
     }
-    found: list[Row] = []
-    total = sum(len(slots) for slots in wanted.values())
-    with progress.task("decomposing", total=total, unit="matrices") as task:
-        for row in rows:
-            spectra: list[MatrixSpectrum] = []
-            for slot in wanted.get(row.name, ()):
-                spectra.append(spectrum_of_change(a, b, slot, directions=directions))
-                task.advance()
-            found.append(replace(row, spectra=tuple(spectra)))
-    return found
+    slots = [slot for row in rows for slot in wanted.get(row.name, ())]
+    found: dict[str, list[MatrixSpectrum]] = {}
+    with progress.task("decomposing", total=len(slots), unit="matrices") as task:
+        spectra = spectra_of_change(a, b, slots, directions=directions)
+        for slot, spectrum in zip(slots, spectra, strict=True):
+            found.setdefault(slot.tensor, []).append(spectrum)
+            task.advance()
+    return [replace(row, spectra=tuple(found.get(row.name, ()))) for row in rows]
 
 
 def _remarks(a: Checkpoint, b: Checkpoint, rows: Sequence[Row]) -> Iterator[str]:

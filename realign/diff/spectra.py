@@ -7,6 +7,10 @@ checkpoints, so the difference itself is never held.
 
 from __future__ import annotations
 
+import os
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,11 +20,15 @@ from torch import Tensor
 from realign.checkpoint.headers import FLOATS
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of, stored_rows
+from realign.subspace.eigen import eigenvalues
 from realign.subspace.entropy import effective_rank, kept_energy, stable_rank
-from realign.subspace.spectrum import symmetric_spectrum
+from realign.subspace.threads import torch_threads
 
 _BLOCK_ENTRIES = 2**20
 """Entries of the difference at a time."""
+_MOST_THREADS = 4
+_GRAM_BYTES = 2**30
+"""All Gram matrices that are worked on at once, unless a single one is larger."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +76,26 @@ def matrices_of(a: Checkpoint, name: str, *, widest: int | None) -> tuple[Slot, 
     return tuple(found)
 
 
+def spectra_of_change(
+    a: Checkpoint, b: Checkpoint, slots: Sequence[Slot], *, directions: int
+) -> Iterator[MatrixSpectrum]:
+    """Yield the spectrum of every slot in order; a few matrices are worked on at once."""
+    widest = max((min(slot_shape(a.tensors[s.tensor].shape, s)) for s in slots), default=1)
+    processors = os.cpu_count() or 1
+    workers = max(1, min(_MOST_THREADS, processors, _GRAM_BYTES // (8 * widest**2)))
+    waiting: deque[Future[MatrixSpectrum]] = deque()
+    with torch_threads(max(1, processors // workers)), ThreadPoolExecutor(workers) as pool:
+        try:
+            for slot in slots:
+                waiting.append(pool.submit(spectrum_of_change, a, b, slot, directions=directions))
+                if len(waiting) > workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
 def spectrum_of_change(
     a: Checkpoint, b: Checkpoint, slot: Slot, *, directions: int
 ) -> MatrixSpectrum:
@@ -86,7 +114,7 @@ def spectrum_of_change(
     d_out, d_in = slot_shape(shape, slot)
     plain = slot.expert is None and not slot.transposed
     gram = (_by_rows if plain and d_out > d_in else _by_columns)(a, b, slot)
-    energies = symmetric_spectrum(gram).energies
+    energies = eigenvalues(gram, overwrite=True)
     kept = min(directions, energies.numel())
     return MatrixSpectrum(
         key=slot.key,
