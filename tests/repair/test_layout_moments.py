@@ -3,16 +3,71 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import save_file
 from support.layouts_support import Respell, make_family, nested, respelled, split_phi3
+from support.repair_support import read_folder
+from torch import Tensor
 
 from realign.checkpoint.slots import slot_shape
 from realign.model.moments import MomentRequest
+from realign.repair.engine import repair
 from realign.repair.plan import plan_repair
 from realign.repair.request import RepairRequest, open_inputs
 from realign.repair.workbench import moment_requests
+
+FAMILY = Path(__file__).parents[2] / "fixtures" / "small"
+
+
+def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Llama as Phi-3 stores it."""
+    whole = {"q_proj": ("qkv_proj", "qkv"), "gate_proj": ("gate_up_proj", ("gate", "up"))}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        module = name.split(".")[-2]
+        if module in whole:
+            target, parts = whole[module]
+            rows = [tensors[name.replace(module, f"{part}_proj")] for part in parts]
+            found[name.replace(module, target)] = torch.cat(rows)
+        elif module not in {"k_proj", "v_proj", "up_proj"}:
+            found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize(
+    ("respell", "changes"), [(nested, {}), (fused, {"model_type": "phi3"})], ids=["nested", "fused"]
+)
+def test_lssf_across_layouts_is_lssf_in_one(
+    tmp_path: Path, respell: Respell, changes: Mapping[str, str]
+) -> None:
+    """The aligned model runs in its own layout; what it shows serves the fine-tune's."""
+    other = tmp_path / "other"
+    other.mkdir()
+    settings = json.loads((FAMILY / "howto" / "config.json").read_text("utf-8"))
+    (other / "config.json").write_text(json.dumps(settings | dict(changes)), "utf-8")
+    tensors = {n: t.contiguous() for n, t in respell(read_folder(FAMILY / "howto")).items()}
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    for finetuned, out in ((FAMILY / "howto", "plain"), (other, "out")):
+        done = repair(
+            RepairRequest(
+                finetuned=finetuned,
+                aligned=FAMILY / "aligned",
+                base=FAMILY / "base",
+                output=tmp_path / out,
+                method="lssf",
+                cache_dir=tmp_path / "cache",
+            )
+        )
+        assert all(row.outcome == "edited" for row in done.rows)
+    expected = respell(read_folder(tmp_path / "plain"))
+    found = read_folder(tmp_path / "out")
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 def requests_of(root: Path, respell: Respell, *, turned: bool) -> dict[str, MomentRequest]:
