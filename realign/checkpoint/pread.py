@@ -16,8 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from realign.checkpoint.buffers import Buffers
 from realign.checkpoint.headers import TensorInfo
-from realign.errors import HeaderError
+from realign.errors import CheckpointError, HeaderError
 
 _CHUNK = 8 * 2**20
 
@@ -28,6 +29,7 @@ class TensorFiles:
     def __init__(self) -> None:
         self.observer: Callable[[Path, int, memoryview], None] | None = None
         """Called with all that is read, in the thread that reads: file, position, bytes."""
+        self._buffers = Buffers()
         self._handles: dict[Path, int] = {}
         self._lock = Lock()
 
@@ -44,7 +46,7 @@ class TensorFiles:
             row_bytes = nbytes // shape[0] if shape[0] else 0
             shape = (stop - start, *shape[1:])
             offset, nbytes = offset + start * row_bytes, (stop - start) * row_bytes
-        out = torch.empty(prod(shape), dtype=info.torch_dtype)
+        out = self._buffers.empty((prod(shape),), info.torch_dtype)
         if nbytes:
             self._fill(info, memoryview(cast(Any, out.view(torch.uint8).numpy())), offset)
         return out.reshape(shape)
@@ -71,7 +73,10 @@ class TensorFiles:
         handle = self._handle(info.file)
         done = 0
         while done < len(buffer):
-            count = os.preadv(handle, [buffer[done:]], offset + done)
+            try:
+                count = os.preadv(handle, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise _unreadable(info.file, error) from error
             if count == 0:
                 raise HeaderError(
                     f"{info.file} ended inside {info.name!r}: it changed while it was being read",
@@ -84,7 +89,10 @@ class TensorFiles:
     def _handle(self, file: Path) -> int:
         with self._lock:
             if file not in self._handles:
-                self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    self._handles[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+                except OSError as error:
+                    raise _unreadable(file, error) from error
             return self._handles[file]
 
     def close(self) -> None:
@@ -92,3 +100,9 @@ class TensorFiles:
         with self._lock:
             while self._handles:
                 os.close(self._handles.popitem()[1])
+
+
+def _unreadable(file: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        f"{file} cannot be read: {error.strerror or error}", "check the file, its rights and disk"
+    )

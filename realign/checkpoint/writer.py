@@ -243,6 +243,15 @@ class OutputFolder:
                 "free some space, or choose a folder on another disk",
             )
 
+    def expect(self, layout: Sequence[ShardLayout]) -> None:
+        """Say what the weight files will be, where that was not known when the folder was locked.
+
+        Raises:
+            OutputError: the disk is too small for them.
+        """
+        self.layout = tuple(layout)
+        self._check_space()
+
     def is_done(self, layout: ShardLayout) -> bool:
         """Whether this weight file is finished, in this run or by an interrupted one."""
         entry = self._finished.get(layout.filename)

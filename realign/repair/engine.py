@@ -111,11 +111,23 @@ def repair(
             progress.note(note)
         read = {role: inputs.all()[role] for role in plan.inputs}
         sources = Sources(read, store=hash_store(request.cache_dir))
-        statistics = _prepare(request, plan, inputs, progress)
-        run = _Run(
-            request, plan, inputs, statistics, sources, progress, in_flight, attach, before_commit
-        )
-        return _repair_to_patch(run) if plan.patch else _repair_to_checkpoint(run)
+        try:
+            statistics = _prepare(request, plan, inputs, progress)
+            run = _Run(
+                request,
+                plan,
+                inputs,
+                statistics,
+                sources,
+                progress,
+                in_flight,
+                attach,
+                before_commit,
+            )
+            return _repair_to_patch(run) if plan.patch else _repair_to_checkpoint(run)
+        except Exception:
+            sources.check()  # a file that changed is the reason for whatever came of it
+            raise
 
 
 def _prepare(request: RepairRequest, plan: Plan, inputs: Inputs, progress: Progress) -> Statistics:
@@ -138,12 +150,13 @@ def _repair_to_checkpoint(run: _Run) -> RepairResult:
 
 def _repair_to_patch(run: _Run) -> RepairResult:
     plan = run.plan
-    rows, factors = _flow(run).collect_factors()
-    check_complete(planned_keys(plan), rows)
-    check_changed(rows, patch=True)
-    patch = build_patch(factors, run.inputs.finetuned, strength=plan.strength)
-    layout = ShardLayout(ADAPTER_WEIGHTS, _specs(patch))
-    with _output(run, (layout,)) as output:
+    with _output(run, ()) as output:  # locked before the work; the weights' size comes of it
+        rows, factors = _flow(run).collect_factors()
+        check_complete(planned_keys(plan), rows)
+        check_changed(rows, patch=True)
+        patch = build_patch(factors, run.inputs.finetuned, strength=plan.strength)
+        layout = ShardLayout(ADAPTER_WEIGHTS, _specs(patch))
+        output.expect((layout,))
         if not output.is_done(layout):
             with output.shard(layout) as writer:
                 for name, tensor in patch.tensors.items():
@@ -184,6 +197,7 @@ def _fingerprint(run: _Run) -> str:
         hashes=run.sources.identities,
         statistics=run.statistics,
         files={},
+        layout=(),
         command=(),
     )
     return sha256_json(manifest)
@@ -196,6 +210,7 @@ def _manifest(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> dic
         hashes=run.sources.hashes(run.progress),
         statistics=run.statistics,
         files=output.hashes,
+        layout=output.layout,
         command=run.request.command,
     )
 

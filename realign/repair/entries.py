@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from realign.checkpoint.buffers import Buffers
 from realign.repair.apply import Effect
 from realign.repair.edit import Dense, Difference, Edit, Unchanged
 
@@ -55,6 +56,7 @@ class EntryWork:
         self._factors = [each for each in (linear.factor, strength) if each != 1.0]
         self._scale = linear.factor * strength
         self._exact = linear.exact and strength == 1.0
+        self._buffers = Buffers()
         self._own = threading.local()
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
@@ -73,7 +75,7 @@ class EntryWork:
         Nothing is checked for finiteness; where `Effect.is_finite`, everything is finite.
         """
         finetuned = tensors["finetuned"]
-        stored = torch.empty_like(finetuned)
+        stored = self._buffers.empty(tuple(finetuned.shape), finetuned.dtype)
         parts = (finetuned, tensors["aligned"], tensors[self._linear.minus], stored)
         sums = _Sums()
         with torch.inference_mode():  # a third off the cost of a call

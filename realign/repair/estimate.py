@@ -17,7 +17,7 @@ from realign.checkpoint.slots import Slot, slot_shape, stored_rows
 from realign.repair.method import Method
 from realign.repair.request import Inputs
 
-INTERPRETER_BYTES = 225 * 2**20
+INTERPRETER_BYTES = 240 * 2**20
 """Resident size of Python with torch imported, before any tensor."""
 
 MODEL_LIBRARY_BYTES = 150 * 2**20

@@ -8,8 +8,7 @@ the stages themselves (`stream`, `editor`, `realign.checkpoint.writer`) and how 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +29,7 @@ from realign.repair.plan import Plan
 from realign.repair.record import TensorRow
 from realign.repair.request import Inputs
 from realign.repair.stream import Cut, Piece, Reader, cut_tensor, planned_keys
+from realign.subspace.threads import torch_threads
 
 _LANES = 4
 """Matrices under way on an accelerator: one uploads and one downloads while two compute."""
@@ -81,7 +81,7 @@ class Flow:
 
         ledger = Ledger(self._editor)
         with (
-            _threads(self._blas_threads()),
+            torch_threads(self._blas_threads()),
             self._progress.task("repairing", total=total, unit="B") as task,
             Reader(self._inputs) as reader,
             self._pipeline(cuts, reader, self._editor.edit, write=write) as pipeline,
@@ -112,7 +112,7 @@ class Flow:
         factors: dict[str, Factors] = {}
         total = len(planned_keys(plan))
         with (
-            _threads(self._blas_threads()),
+            torch_threads(self._blas_threads()),
             self._progress.task("computing the patch", total=total, unit="matrices") as task,
             Reader(self._inputs) as reader,
             self._pipeline((cut for cut in cuts if cut.edit), reader, self._factored) as pipeline,
@@ -210,14 +210,3 @@ def _how_many(plan: Plan, inputs: Inputs) -> int:
             "use --device cpu, or free the memory of that device",
         )
     return max(1, min(_LANES, free // max(1, needed)))
-
-
-@contextmanager
-def _threads(count: int) -> Generator[None]:
-    """Let torch use so many threads per operation; threads started inside inherit it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

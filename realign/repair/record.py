@@ -16,10 +16,11 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, Literal
 
 from realign._version import __version__
-from realign.checkpoint.manifest import MANIFEST_SCHEMA, redact_command
+from realign.checkpoint.manifest import MANIFEST_SCHEMA, redact_command, tensor_list
 from realign.repair.apply import Effect
 
 if TYPE_CHECKING:
+    from realign.checkpoint.shards import ShardLayout
     from realign.repair.method import Statistics
     from realign.repair.plan import Plan
 
@@ -184,6 +185,7 @@ def build_manifest(
     hashes: Mapping[str, Mapping[str, str]],
     statistics: Statistics,
     files: Mapping[str, str],
+    layout: Sequence[ShardLayout],
     command: Sequence[str],
 ) -> dict[str, Any]:
     """The content of realign.json.
@@ -194,6 +196,7 @@ def build_manifest(
         hashes: SHA-256 of every input file, by role and relative name.
         statistics: what the method learned from a running model.
         files: SHA-256 of every file of the output.
+        layout: its weight files, as they were planned.
         command: the command line, if there was one; recorded without secrets.
     """
     card = plan.method.card
@@ -228,7 +231,7 @@ def build_manifest(
         "totals": totals_of(rows, copied=len(plan.copies)).to_json(),
         "tensors": [row.to_json() for row in rows],
         "copied": {pair.role.name: pair.reason for pair in plan.copies},
-        "output": {"files": dict(files)},
+        "output": {"files": dict(files), "tensors": tensor_list(layout)},
     }
 
 

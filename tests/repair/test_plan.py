@@ -169,7 +169,7 @@ def test_estimates(trio_of) -> None:
     assert found.estimate.written == pytest.approx(size, rel=0.15)
     blocks = sum(p.role.kind == "block_linear" for p in found.edits)
     assert blocks == 14
-    assert 5 * size < found.estimate.read < 6.2 * size  # three hashed, and edited tensors thrice
+    assert found.estimate.read == 3 * size  # every file once, for edits and hashes alike
     assert found.estimate.largest_matrix == 48 * 32
     assert plan(_request(trio, method="resta")).estimate.largest_matrix == 0
 
