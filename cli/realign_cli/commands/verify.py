@@ -12,9 +12,7 @@ from realign_cli.sink import Sink
 
 EXAMPLES = (
     Example("realign verify ./repaired", "after a copy, a download or an interrupted run"),
-    Example(
-        "realign verify ./repaired --json | jq '.problems[].where'", "the files to copy again"
-    ),
+    Example("realign verify ./repaired --json | jq '.problems[].where'", "the files to copy again"),
 )
 
 NOTES = """
