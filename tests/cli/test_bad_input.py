@@ -29,6 +29,7 @@ from support.cli_support import (
     realign,
     suite,
 )
+from support.refusal_support import refused
 from torch import Tensor
 
 from realign_cli import progress as progress_module
@@ -48,20 +49,6 @@ def nothing_changes_and_nothing_stays(tmp_path: Path) -> object:
     assert digest(FAMILY) == before, "an input was changed"
     left = [path.name for path in work.iterdir() if not path.name.endswith(".allowed")]
     assert not left, f"left behind: {left}"
-
-
-def refused(result: Outcome, *says: str, code: int = 2, hint: bool = True) -> None:
-    """One message on standard error that names the fault, and a next step; no data."""
-    assert result.exit_code == code, result.stderr
-    assert result.stdout == ""
-    assert result.stderr.count("error: ") == 1
-    assert "Traceback" not in result.stderr
-    assert "fault in realign" not in result.stderr
-    for part in says:
-        assert part in result.words, result.stderr
-    message, _, step = result.stderr[result.stderr.index("error: ") :].partition("\n")
-    assert len(message) > len("error: ")
-    assert step.strip() or not hint, "a message without a next step"
 
 
 def repair(
