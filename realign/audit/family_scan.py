@@ -1,7 +1,7 @@
 """A further fine-tune of a known family, measured by one pass over it and its reference.
 
 The subspace file of the family stands for the base, which is not read: what alignment wrote is
-known from it. Subject and reference pass by in chunks of rows, one chunk ahead of the arithmetic.
+known from it. Subject and reference pass by in chunks of rows, a few at a time.
 A screening signal, not validated, never a safety verdict.
 
 Here: which tensors are compared, reading them once each, the tables. Not here: the sums
@@ -11,6 +11,8 @@ Here: which tensors are compared, reading them once each, the tables. Not here: 
 from __future__ import annotations
 
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,11 +28,19 @@ from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of, stored_rows
 from realign.errors import MismatchError, NonFiniteError
 from realign.progress import SILENT, Progress
-from realign.subspace.family import FamilyMeter, FamilyMetrics, FamilyTerms, merge_family
+from realign.subspace.family import (
+    BlockSums,
+    FamilyMeter,
+    FamilyMetrics,
+    FamilyTerms,
+    merge_family,
+)
 
 READ_BYTES = 8 * 2**20
 """Bytes of a tensor read at once from each checkpoint."""
-SAME_NORM = 1e-9
+MOST_WORKERS = 4
+"""Threads that read and compute: a few keep pace with a fast disk."""
+SAME_NORM = 1e-6
 """Relative difference of norms above which a reference is not the one that was decomposed."""
 _VOCABULARY = {"embedding": "embed", "head": "head"}
 
@@ -71,6 +81,22 @@ class _Chunk:
     start: int
     stop: int
     last: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """The part of one matrix that lies in a chunk."""
+
+    slot: Slot
+    meter: FamilyMeter
+    low: int
+    """Stored rows [low, high)."""
+    high: int
+    row: int
+    """Where it begins in the matrix."""
+    column: int
+    last: bool
+    """Nothing of the matrix comes after it."""
 
 
 def scan_family(
@@ -122,48 +148,86 @@ def _measure(
     progress: Progress,
 ) -> list[FamilyRow]:
     rows: list[FamilyRow] = []
-    meters: dict[str, FamilyMeter] = {}
     chunks = [chunk for role in compared for chunk in _chunks(role, reference, subject)]
     total = sum(2 * _nbytes(chunk, reference) for chunk in chunks)
 
-    def read(chunk: _Chunk) -> tuple[Tensor, Tensor]:
-        name = chunk.role.name
-        if not reference.tensors[name].shape:
-            return reference.read(name).reshape(1), subject.read(name).reshape(1)
-        span = (chunk.start, chunk.stop)
-        return reference.read(name, span), subject.read(name, span)
+    def work(chunk: _Chunk, parts: Sequence[_Part]) -> list[BlockSums]:
+        ref, sub = (_read(each, chunk) for each in (reference, subject))
+        return [_sums(part, chunk, ref, sub) for part in parts]
 
     with progress.task("scanning", total=total, unit="B") as task:
-        for chunk, tensors in _one_ahead(chunks, read):
-            for slot, (start, stop) in _slots(chunk.role, reference):
-                if stop <= chunk.start or chunk.stop <= start:
-                    continue
-                if slot.key not in meters:
-                    meters[slot.key] = _meter(file, slot, chunk.role, reference)
-                _add(meters[slot.key], slot, chunk, tensors, start, stop)
-                if stop <= chunk.stop or chunk.last:
-                    terms = meters.pop(slot.key).terms()
+        planned = _planned(file, chunks, reference)
+        for (chunk, parts), found in _some_ahead(planned, work):
+            for part, sums in zip(parts, found, strict=True):
+                part.meter.take(sums, column=part.column)
+                if part.last:
+                    terms = part.meter.terms()
+                    slot = part.slot
                     rows.append(FamilyRow(slot.key, _module(chunk.role, slot), slot.layer, terms))
                     _require_finite(rows[-1], reference, subject)
                     _require_same(file.rows.get(slot.key), rows[-1], file, reference)
-            task.advance(sum(tensor.nbytes for tensor in tensors))
-            del tensors
+            task.advance(2 * _nbytes(chunk, reference))
     return rows
 
 
-def _one_ahead(
-    chunks: Iterable[_Chunk], read: Callable[[_Chunk], tuple[Tensor, Tensor]]
-) -> Iterator[tuple[_Chunk, tuple[Tensor, Tensor]]]:
-    """Read the next chunk in a thread while this one is used."""
-    with ThreadPoolExecutor(1, thread_name_prefix="realign-scan") as pool:
-        waiting: tuple[_Chunk, Future[tuple[Tensor, Tensor]]] | None = None
-        for chunk in chunks:
-            coming = (chunk, pool.submit(read, chunk))
-            if waiting is not None:
-                yield waiting[0], waiting[1].result()
-            waiting = coming
-        if waiting is not None:
-            yield waiting[0], waiting[1].result()
+def _planned(
+    file: SubspaceFile, chunks: Iterable[_Chunk], reference: Checkpoint
+) -> Iterator[tuple[_Chunk, list[_Part]]]:
+    """What each chunk holds; the factors of a matrix are read when its first rows come up."""
+    meters: dict[str, FamilyMeter] = {}
+    for chunk in chunks:
+        parts: list[_Part] = []
+        for slot, (start, stop) in _slots(chunk.role, reference):
+            low, high = max(start, chunk.start), min(stop, chunk.stop)
+            if low >= high:
+                continue
+            meter = meters.pop(slot.key, None) or _meter(file, slot, chunk.role, reference)
+            last = stop <= chunk.stop or chunk.last
+            if not last:
+                meters[slot.key] = meter
+            at = 0 if slot.expert is not None else low - start
+            row, column = (0, at) if slot.transposed else (at, 0)
+            parts.append(_Part(slot, meter, low, high, row, column, last=last))
+        yield chunk, parts
+
+
+def _some_ahead(
+    planned: Iterable[tuple[_Chunk, list[_Part]]],
+    work: Callable[[_Chunk, Sequence[_Part]], list[BlockSums]],
+) -> Iterator[tuple[tuple[_Chunk, list[_Part]], list[BlockSums]]]:
+    """Read and work on a few chunks at once; results come in the order of the chunks."""
+    workers = min(MOST_WORKERS, os.cpu_count() or 1)
+    with ThreadPoolExecutor(workers, thread_name_prefix="realign-scan") as pool:
+        waiting: deque[tuple[tuple[_Chunk, list[_Part]], Future[list[BlockSums]]]] = deque()
+        try:
+            for each in planned:
+                waiting.append((each, pool.submit(work, *each)))
+                if len(waiting) > workers:
+                    item, future = waiting.popleft()
+                    yield item, future.result()
+            while waiting:
+                item, future = waiting.popleft()
+                yield item, future.result()
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+
+def _read(checkpoint: Checkpoint, chunk: _Chunk) -> Tensor:
+    name = chunk.role.name
+    if not checkpoint.tensors[name].shape:
+        return checkpoint.read(name).reshape(1)
+    return checkpoint.read(name, (chunk.start, chunk.stop))
+
+
+def _sums(part: _Part, chunk: _Chunk, reference: Tensor, subject: Tensor) -> BlockSums:
+    """The sums of that part of a chunk which belongs to one matrix."""
+    inside = slice(part.low - chunk.start, part.high - chunk.start)
+    ref, sub = reference[inside], subject[inside]
+    if not _is_matrix(chunk.role, tuple(ref.shape)):
+        return part.meter.sums(ref.reshape(1, -1), sub.reshape(1, -1))
+    ref, sub = logical_matrix(ref, part.slot), logical_matrix(sub, part.slot)
+    return part.meter.sums(ref, sub, row=part.row)
 
 
 def _chunks(role: TensorRole, reference: Checkpoint, subject: Checkpoint) -> Iterator[_Chunk]:
@@ -216,25 +280,6 @@ def _meter(file: SubspaceFile, slot: Slot, role: TensorRole, reference: Checkpoi
 
 def _is_matrix(role: TensorRole, shape: tuple[int, ...]) -> bool:
     return role.kind not in ("norm", "bias") and len(shape) in (2, 3)
-
-
-def _add(
-    meter: FamilyMeter,
-    slot: Slot,
-    chunk: _Chunk,
-    tensors: tuple[Tensor, Tensor],
-    start: int,
-    stop: int,
-) -> None:
-    """Give a meter the part of its matrix, which lies in [start, stop), that is in the chunk."""
-    low, high = max(start, chunk.start), min(stop, chunk.stop)
-    ref, sub = (tensor[low - chunk.start : high - chunk.start] for tensor in tensors)
-    if not _is_matrix(chunk.role, tuple(ref.shape)):
-        meter.add(ref.reshape(1, -1), sub.reshape(1, -1))
-        return
-    at = 0 if slot.expert is not None else low - start
-    row, column = (0, at) if slot.transposed else (at, 0)
-    meter.add(logical_matrix(ref, slot), logical_matrix(sub, slot), row=row, column=column)
 
 
 def _matches(role: TensorRole, reference: Checkpoint, subject: Checkpoint) -> bool:

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
                 "alignment wrote nothing",
                 "check --aligned and --base",
             )
-        tensors: dict[str, Tensor] = {}
+        triplets: dict[str, Triplets] = {}
         rows: list[SubspaceRow] = []
         slots = [
             slot
@@ -96,21 +96,64 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
             Prefetch(_matrices(slots, aligned, base)) as matrices,
         ):
             for slot, wa, w0 in matrices:
-                row, triplets = _decompose(slot, wa.to(device), w0.to(device), request)
+                row, found = _decompose(slot, wa.to(device), w0.to(device), request)
                 rows.append(row)
-                for part, value in zip("USV", (triplets.u, triplets.s, triplets.v), strict=True):
-                    tensors[f"{slot.key}.{part}"] = value.to("cpu", torch.float32).contiguous()
+                small = (value.to("cpu", torch.float32) for _, value in _parts(found))
+                triplets[slot.key] = Triplets(*small)
                 task.advance()
-        metadata = {
-            "schema": SCHEMA,
-            "rank_rule": _rule_text(request),
-            "aligned": json.dumps(dataclasses.asdict(_family(aligned)), sort_keys=True),
-            "base": json.dumps(dataclasses.asdict(_family(base)), sort_keys=True),
-            "matrices": json.dumps([dataclasses.asdict(row) for row in rows], sort_keys=True),
-            "realign": __version__,
-        }
-    _save(target, tensors, metadata)
+        save_subspace(
+            target,
+            rows,
+            triplets,
+            rank_rule=_rule_text(request),
+            aligned=_family(aligned),
+            base=_family(opened),
+        )
     return read_subspace(target)
+
+
+def save_subspace(
+    target: Path,
+    rows: Sequence[SubspaceRow],
+    triplets: Mapping[str, Triplets],
+    *,
+    rank_rule: str,
+    aligned: Family,
+    base: Family,
+) -> None:
+    """Write a subspace file, all or nothing.
+
+    Args:
+        target: the file; it is replaced if it exists.
+        rows: one for each matrix.
+        triplets: by the keys of the rows; stored in float32.
+        rank_rule: how the number of directions was chosen, in words.
+        aligned: the reference that it belongs to.
+        base: what alignment started from.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    metadata = {
+        "schema": SCHEMA,
+        "rank_rule": rank_rule,
+        "aligned": json.dumps(dataclasses.asdict(aligned), sort_keys=True),
+        "base": json.dumps(dataclasses.asdict(base), sort_keys=True),
+        "matrices": json.dumps([dataclasses.asdict(row) for row in rows], sort_keys=True),
+        "realign": __version__,
+    }
+    tensors = {
+        f"{row.key}.{part}": value.to(torch.float32).contiguous()
+        for row in rows
+        for part, value in _parts(triplets[row.key])
+    }
+    _save(target, tensors, metadata)
+
+
+def _parts(triplets: Triplets) -> Iterator[tuple[str, Tensor]]:
+    yield "U", triplets.u
+    yield "S", triplets.s
+    yield "V", triplets.v
 
 
 def _check(request: SubspaceRequest) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from realign.subspace.drift import STORAGE_PRECISION
 from realign.subspace.spectrum import Triplets
 
-BLOCK = 2**19
+BLOCK = 2**17
 """Entries worked on at once: few enough to stay in the processor's cache."""
 
 
@@ -111,6 +111,23 @@ class FamilyMetrics:
     below_storage_precision: int
 
 
+@dataclass(frozen=True, eq=False)
+class BlockSums:
+    """What one block of a matrix adds to its sums.
+
+    Attributes:
+        task: <t, t>.
+        reference: <W_ref, W_ref>.
+        precision: relative spacing of the stored weights, 0 where it does not matter.
+        image: U_k^T t over the block's rows [k, columns], None without a subspace.
+    """
+
+    task: float
+    reference: float
+    precision: float
+    image: Tensor | None
+
+
 class FamilyMeter:
     """Takes the blocks of one matrix of both checkpoints as they pass, each entry once."""
 
@@ -122,46 +139,55 @@ class FamilyMeter:
             triplets: the known subspace [d_out, k], [k], [d_in, k]; None gives the distance alone.
         """
         self._known = triplets if triplets is not None and triplets.s.numel() else None
-        self._task = self._reference = self._floor = 0.0
+        self._task = self._reference = self._precision = 0.0
         k = self._known.s.numel() if self._known else 0
         self._image_ki = torch.zeros(k, d_in, dtype=torch.float64)
 
     def add(self, reference: Tensor, subject: Tensor, *, row: int = 0, column: int = 0) -> None:
-        """Take a block of the matrix, in the dtypes it has on disk.
+        """Take a block of the matrix: `sums`, then `take`."""
+        self.take(self.sums(reference, subject, row=row), column=column)
+
+    def sums(self, reference: Tensor, subject: Tensor, *, row: int = 0) -> BlockSums:
+        """Work a block out without changing the meter: several threads may do that at once.
 
         Args:
-            reference: [rows, columns] of W_ref.
+            reference: [rows, columns] of W_ref, in the dtype it has on disk.
             subject: the same block of W_sub.
             row: where the block begins in the matrix.
-            column: likewise.
         """
         assert reference.shape == subject.shape, (tuple(reference.shape), tuple(subject.shape))
         rows, columns = reference.shape
         dtypes = (reference.dtype, subject.dtype)
-        self._floor = max(self._floor, *(STORAGE_PRECISION.get(each, 0.0) for each in dtypes))
         dtype = torch.float64 if torch.float64 in dtypes else torch.float32
         step = max(1, min(rows, BLOCK // max(1, columns)))
         weight, delta = (torch.empty(step, columns, dtype=dtype) for _ in range(2))
-        wide = torch.empty(step, columns, dtype=torch.float64)
         u_rk = None if self._known is None else self._known.u[row : row + rows].to(dtype)
-        image = torch.zeros(self._image_ki.shape[0], columns, dtype=dtype)
+        image = None if u_rk is None else torch.zeros(u_rk.shape[1], columns, dtype=dtype)
+        task = size = 0.0
         for start in range(0, rows, step):
             count = min(step, rows - start)
             part = slice(start, start + count)
-            w, t, w64 = weight[:count], delta[:count], wide[:count]
+            w, t = weight[:count], delta[:count]
             w.copy_(reference[part])
-            t.copy_(subject[part])
-            t -= w
-            self._reference += _squared(w, w64)
-            self._task += _squared(t, w64)
-            if u_rk is not None:
+            t.copy_(subject[part]).sub_(w)
+            size += _squared(w)
+            task += _squared(t)
+            if u_rk is not None and image is not None:
                 image.addmm_(u_rk[part].T, t)
-        if u_rk is not None:
-            self._image_ki[:, column : column + columns] += image
+        precision = max(STORAGE_PRECISION.get(each, 0.0) for each in dtypes)
+        return BlockSums(task, size, precision, image)
+
+    def take(self, sums: BlockSums, *, column: int = 0) -> None:
+        """Add the sums of a block that begins at this column; always in the same order."""
+        self._task += sums.task
+        self._reference += sums.reference
+        self._precision = max(self._precision, sums.precision)
+        if sums.image is not None:
+            self._image_ki[:, column : column + sums.image.shape[1]] += sums.image
 
     def terms(self) -> FamilyTerms:
         """Return the sums; not finite where an entry is not."""
-        below = 0.0 < self._task < self._floor**2 * self._reference
+        below = 0.0 < self._task < self._precision**2 * self._reference
         plain = FamilyTerms(
             matrices=1,
             task=self._task,
@@ -188,9 +214,9 @@ def merge_family(terms: Iterable[FamilyTerms]) -> FamilyTerms:
     return sum(terms, start=FamilyTerms())
 
 
-def _squared(block: Tensor, scratch64: Tensor) -> float:
-    flat = scratch64.copy_(block).view(-1)
-    return float(torch.dot(flat, flat))
+def _squared(block: Tensor) -> float:
+    """The sum of squares: along rows in the block's dtype, over them in float64."""
+    return float(torch.linalg.vector_norm(block, dim=1).to(torch.float64).square().sum())
 
 
 def _ratio(numerator: float, denominator: float) -> float | None:

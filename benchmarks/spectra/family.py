@@ -1,0 +1,207 @@
+"""The scan of a further fine-tune of a known family against only reading its two checkpoints.
+
+    python -m benchmarks.spectra.family [--layers N] [--hidden N] [--ffn N] [--repeats N]
+
+A made-up family is written to a temporary folder: a reference, a fine-tune of it, and a subspace
+file of 32 directions per matrix, bfloat16, shapes of a 1.1 B model. The floor reads every byte of
+both in the chunks of the scan, one after the other, and does nothing with them. One BLAS thread;
+the scan reads one chunk ahead in a second thread. Both start from a warm page cache.
+"""
+
+from __future__ import annotations
+
+from benchmarks.spectra.alone import one_thread
+
+if __name__ == "__main__":
+    one_thread()
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from benchmarks.spectra.synthetic import generator
+from benchmarks.spectra.timing import in_turns, ratio, spoken
+from realign.audit.family_scan import READ_BYTES, FamilyScan, scan_family
+from realign.audit.subspace_file import Family, SubspaceRow, read_subspace
+from realign.checkpoint.reader import Checkpoint, open_checkpoint
+from realign.repair.subspace_file import save_subspace
+from realign.subspace.spectrum import Triplets
+
+K = 32
+STRENGTH = 0.5
+"""Norm of the known alignment vector over that of its matrix, per direction, falling as 1/i."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of the made-up model."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    kv: int
+    vocabulary: int
+
+    def matrices(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Name and shape of every linear layer."""
+        h, f = self.hidden, self.ffn
+        parts = {
+            "self_attn.q_proj": (h, h),
+            "self_attn.k_proj": (self.kv, h),
+            "self_attn.v_proj": (self.kv, h),
+            "self_attn.o_proj": (h, h),
+            "mlp.gate_proj": (f, h),
+            "mlp.up_proj": (f, h),
+            "mlp.down_proj": (h, f),
+        }
+        for layer in range(self.layers):
+            for name, shape in parts.items():
+                yield f"model.layers.{layer}.{name}.weight", shape
+
+    def others(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        """Name and shape of every other tensor."""
+        yield "model.embed_tokens.weight", (self.vocabulary, self.hidden)
+        yield "lm_head.weight", (self.vocabulary, self.hidden)
+        yield "model.norm.weight", (self.hidden,)
+        for layer in range(self.layers):
+            for name in ("input_layernorm", "post_attention_layernorm"):
+                yield f"model.layers.{layer}.{name}.weight", (self.hidden,)
+
+
+def make(folder: Path, shape: Shape) -> None:
+    """Write reference, subject and subspace file: noise of the right size, quickly made."""
+    draw = generator(0)
+    everything = dict([*shape.matrices(), *shape.others()])
+    largest = max(math.prod(size) for size in everything.values())
+    noise = torch.randn(largest, generator=draw)
+    drift = torch.randn(largest, generator=draw)
+    reference: dict[str, Tensor] = {}
+    subject: dict[str, Tensor] = {}
+    for index, (name, size) in enumerate(everything.items()):
+        # One draw serves all: rolled by another amount for every tensor.
+        part = torch.roll(noise[: math.prod(size)], index).view(size)
+        reference[name] = (0.02 * part).bfloat16()
+        moved = 1e-3 * torch.roll(drift[: math.prod(size)], 7 * index).view(size)
+        subject[name] = (reference[name].float() + moved).bfloat16()
+    config = {
+        "model_type": "llama",
+        "hidden_size": shape.hidden,
+        "num_hidden_layers": shape.layers,
+        "tie_word_embeddings": False,
+    }
+    for role, tensors in (("reference", reference), ("subject", subject)):
+        (folder / role).mkdir()
+        (folder / role / "config.json").write_text(json.dumps(config), "utf-8")
+        save_file(tensors, folder / role / "model.safetensors", metadata={"format": "pt"})
+    rows: list[SubspaceRow] = []
+    triplets: dict[str, Triplets] = {}
+    for index, (name, size) in enumerate(shape.matrices()):
+        weight = math.sqrt(float(reference[name].double().square().sum()))
+        s = STRENGTH * weight / torch.arange(1, K + 1)
+        u, v = (torch.linalg.qr(torch.randn(d, K, generator=draw)).Q for d in size)
+        triplets[name] = Triplets(u, s, v)
+        norm = float(s.double().norm())
+        layer = index // 7
+        rows.append(
+            SubspaceRow(
+                key=name,
+                tensor=name,
+                module=name.split(".")[-2],
+                layer=layer,
+                shape=size,
+                norm=norm,
+                relative_norm=norm / weight,
+                entropy_rank=K,
+            )
+        )
+    both = (Family(role, None, "") for role in ("reference", "base"))
+    aligned, base = both
+    save_subspace(
+        folder / "safety.safetensors", rows, triplets, rank_rule=str(K), aligned=aligned, base=base
+    )
+
+
+def only_read(reference: Checkpoint, subject: Checkpoint) -> int:
+    """Read every tensor of both in chunks of rows; returns the bytes."""
+    total = 0
+    for name, info in reference.tensors.items():
+        step = max(1, READ_BYTES * info.shape[0] // info.nbytes)
+        for start in range(0, info.shape[0], step):
+            rows = (start, min(start + step, info.shape[0]))
+            total += reference.read(name, rows).nbytes + subject.read(name, rows).nbytes
+    return total
+
+
+def measure(shape: Shape, *, repeats: int, folder: Path | None = None) -> dict[str, Any]:
+    """Wall time of the scan over that of only reading, and what the scan found."""
+    with tempfile.TemporaryDirectory(dir=folder) as name:
+        place = Path(name)
+        make(place, shape)
+        file = read_subspace(place / "safety.safetensors")
+        scans: list[FamilyScan] = []
+        read: list[int] = []
+        with (
+            open_checkpoint(place / "reference") as reference,
+            open_checkpoint(place / "subject") as subject,
+        ):
+            times = in_turns(
+                {
+                    "scan": lambda: scans.append(
+                        scan_family(file, reference=reference, subject=subject)
+                    ),
+                    "read": lambda: read.append(only_read(reference, subject)),
+                },
+                repeats=repeats,
+            )
+    total = scans[-1].total
+    assert total is not None, scans[-1].total_reason
+    return {
+        **ratio(times["scan"], times["read"]),
+        "seconds_of": {each: times[each].median for each in times},
+        "bytes": read[-1],
+        "gb_per_second": read[-1] / 1e9 / times["read"].median,
+        "matrices": total.known,
+        "found": {
+            "relative_distance": total.relative_distance,
+            "energy": total.energy,
+            "excess": total.excess,
+            "retained_k": total.retained_k,
+        },
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--ffn", type=int, default=5632)
+    parser.add_argument("--kv", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="where the checkpoints are written for the run")
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    shape = Shape(options.layers, options.hidden, options.ffn, options.kv, options.vocabulary)
+    found = measure(shape, repeats=options.repeats, folder=options.folder)
+    print(json.dumps(found))
+    print(
+        f"Scan of a further fine-tune: {spoken(found, 2)} of only reading both "
+        f"({found['bytes'] / 1e9:.1f} GB at {found['gb_per_second']:.1f} GB/s)",
+        file=sys.stderr,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
