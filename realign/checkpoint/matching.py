@@ -18,11 +18,11 @@ from realign.checkpoint.names import (
     Kind,
     TensorRole,
     classify,
+    dispensable,
     find_embedding,
     find_head,
     in_tower,
     is_tied,
-    predicts_ahead,
     role_of,
     text_config,
 )
@@ -133,7 +133,8 @@ def _pair(
     if role.kind not in _IN_SCOPE[scope]:
         return copy(f"outside scope {scope}: {_KIND_WORDS[role.kind]}")
     if absent is not None and role.kind != "head":
-        return copy(f"for predicting several tokens at once; the {absent} model stores none")
+        use = dispensable(finetuned.config, role.name)
+        return copy(f"{use}; the {absent} model stores none")
     if absent is not None:
         return copy(f"the {absent} model ties its output head and stores none")
     if common is not None:
@@ -235,8 +236,9 @@ def check_architecture(finetuned: Checkpoint, label: str, other: Checkpoint) -> 
 def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> list[str]:
     """Both sides must store the same tensors, but for what a loader does without.
 
-    That is: buffers, a head that one of them ties, and heads that predict several tokens at once,
-    which transformers drops when it saves a model. Returns a remark on the latter.
+    That is: buffers, a head that one of them ties, heads that predict several tokens at once, which
+    transformers drops when it saves a model, and towers for images and sound, where one of them is
+    a model of language alone. Returns remarks on the latter two.
     """
     ours, theirs = _required(finetuned), _required(other)
     for checkpoint, names in ((finetuned, theirs), (other, ours)):
@@ -245,17 +247,9 @@ def _check_names(finetuned: Checkpoint, label: str, other: Checkpoint) -> list[s
     here, there = sorted(ours - theirs), sorted(theirs - ours)
     here = [name for name in here if name not in other.tensors]
     there = [name for name in there if name not in finetuned.tensors]
-    notes = [
-        f"{len(found)} tensors for predicting several tokens at once are only in {one.source} "
-        f"(first: {found[0]}): {what}"
-        for one, found, what in (
-            (finetuned, _ahead(finetuned, here), "copied"),
-            (other, _ahead(other, there), "not used"),
-        )
-        if found
-    ]
-    here = [name for name in here if not predicts_ahead(finetuned.config, name)]
-    there = [name for name in there if not predicts_ahead(other.config, name)]
+    notes = [*_dispensed(finetuned, here, "copied"), *_dispensed(other, there, "not used")]
+    here = [name for name in here if not dispensable(finetuned.config, name)]
+    there = [name for name in there if not dispensable(other.config, name)]
     if not here and not there:
         return notes
     parts: list[str] = []
@@ -278,8 +272,16 @@ def _first(names: list[str]) -> str:
     return ", ".join(names[:2]) + (", ..." if len(names) > 2 else "")
 
 
-def _ahead(checkpoint: Checkpoint, names: list[str]) -> list[str]:
-    return [name for name in names if predicts_ahead(checkpoint.config, name)]
+def _dispensed(checkpoint: Checkpoint, names: list[str], fate: str) -> list[str]:
+    """A line for each use of tensors that only this checkpoint stores."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(dispensable(checkpoint.config, name), []).append(name)
+    return [
+        f"{len(each)} tensors {use} are only in {checkpoint.source} ({_first(each)}): {fate}"
+        for use, each in found.items()
+        if use
+    ]
 
 
 def _required(checkpoint: Checkpoint) -> set[str]:

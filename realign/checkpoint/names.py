@@ -26,7 +26,8 @@ _MAIN_BLOCKS = re.compile(r"(?:language_model\.)?(?:model\.)?(?:language_model\.
 _AHEAD = frozenset(("mtp", "mtp_layers", "mtp_block", "mtp_emb_norm"))
 # Towers for images and sound have blocks of their own, which are no decoder blocks.
 _TOWER = re.compile(
-    r"(?:^|\.)[a-z_]*(?:vision|visual|image|audio|speech|whisper|qformer|resampler)[a-z_]*\."
+    r"(?:^|\.)[a-z_]*(?:vision|visual|image|audio|speech|whisper|qformer|resampler|multi_modal|"
+    r"mm_projector|connector)[a-z_]*(?:\.|$)"
 )
 _NORM = re.compile(r"norm|(?:^|[._])ln(?:[._\d]|$)")
 _EXPERTS = re.compile(r"(?:^|\.)(?:shared_)?experts\.")
@@ -124,7 +125,7 @@ def _is_head(name: str) -> bool:
 
 
 def in_tower(name: str) -> bool:
-    """Whether a tensor belongs to a tower for images or sound."""
+    """Whether a tensor belongs to a tower for images or sound, or joins one to the language."""
     return _TOWER.search(name) is not None
 
 
@@ -139,6 +140,13 @@ def predicts_ahead(config: Mapping[str, Any], name: str) -> bool:
     blocks = text_config(config).get("num_hidden_layers")
     found = _MAIN_BLOCKS.match(name)
     return found is not None and isinstance(blocks, int) and int(found.group(1)) >= blocks
+
+
+def dispensable(config: Mapping[str, Any], name: str) -> str:
+    """What a tensor is for that one side may lack, or nothing: the rest of the model pairs."""
+    if predicts_ahead(config, name):
+        return "for predicting several tokens at once"
+    return "for images and sound" if in_tower(name) else ""
 
 
 def is_conv1d(config: Mapping[str, Any], module: str) -> bool:

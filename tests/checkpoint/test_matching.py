@@ -111,6 +111,24 @@ def test_heads_that_predict_ahead_may_be_missing_on_either_side(make: Maker) -> 
     assert edited(match(with_them, {"base": with_them}, scope="block_linear")) >= set(ahead)
 
 
+def test_a_model_of_language_pairs_with_one_that_sees(make: Maker) -> None:
+    """As where a fine-tune was loaded and saved by its causal class alone."""
+    eyes = {
+        "model.vision_tower.encoder.layers.0.mlp.fc1.weight": torch.ones(8, 8),
+        "model.vision_tower.encoder.layers.0.norm.bias": torch.ones(8),
+        "model.multi_modal_projector.norm.weight": torch.ones(8),
+        "model.image_newline": torch.ones(8),
+    }
+    seeing = make({**llama_tensors(), **eyes}, name="seeing")
+    matching = match(make(llama_tensors(seed=1)), {"aligned": seeing}, scope="all")
+    assert {pair.role.name for pair in matching.pairs} == set(llama_tensors())
+    assert any("4 tensors for images and sound" in note for note in matching.notes)
+    matching = match(seeing, {"base": make(llama_tensors(seed=1))}, scope="all")
+    for name in eyes:
+        assert pair_of(matching, name).action == "copy"
+        assert "outside the language model" in pair_of(matching, name).reason
+
+
 def test_a_differing_prefix_is_recognised(make: Maker) -> None:
     bare = {name.removeprefix("model."): tensor for name, tensor in llama_tensors().items()}
     with pytest.raises(MismatchError) as caught:
