@@ -313,10 +313,11 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
             f"the Hub answered HTTP {code} for {at}: {_first_line(error)}",
             "try again later, or download the model elsewhere and give its folder",
         )
-    if isinstance(error, OSError) and error.errno in _DISK:
+    # The client looks at the free space itself and then raises without a number.
+    if isinstance(error, OSError) and (error.errno in _DISK or "free disk space" in str(error)):
         return CheckpointError(
-            f"{at} cannot be stored in the Hub's cache: {error.strerror} "
-            f"({error.filename or cache_folder() or 'the default place'})",
+            f"{at} cannot be stored in the Hub's cache: {error.strerror or _first_line(error)}"
+            + (f" ({error.filename})" if error.filename else ""),
             "free some space, or set HF_HOME to a folder on another disk",
         )
     if isinstance(error, OSError) and "onsistency check" in str(error):

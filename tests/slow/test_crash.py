@@ -1,0 +1,125 @@
+"""A repair that dies at any moment leaves no output or a whole one, and a rerun ends it.
+
+Real processes, killed by SIGKILL: at fifty random moments, and before every single step that a run
+takes on the disk.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.crash_support import Ended, Runs, make_family, runs
+from support.repair_support import folder_bytes
+
+from realign.checkpoint.verification import verify_output
+
+MOMENTS = 50
+SEED = 20_260
+Command = list[str | Path]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    with runs(tmp_path_factory.mktemp("logs")) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    return make_family(tmp_path_factory.mktemp("family"))
+
+
+@pytest.fixture(scope="module")
+def inputs(command: Command) -> dict[str, bytes]:
+    """Every byte of the family, before anything has run."""
+    assert isinstance(command[1], Path)
+    return folder_bytes(command[1].parent)
+
+
+def whole(server: Runs, command: Command, out: Path) -> tuple[dict[str, bytes], float]:
+    """The files of an uninterrupted run, and how long it took."""
+    times: list[float] = []
+    for _ in range(3):
+        shutil.rmtree(out, ignore_errors=True)
+        begin = time.monotonic()
+        ended = server.run([*command, "-o", out])
+        times.append(time.monotonic() - begin)
+        assert ended.status == 0, ended.stderr
+    files = folder_bytes(out)
+    shutil.rmtree(out)
+    return files, min(times)
+
+
+def assert_nothing_or_whole(out: Path) -> bool:
+    """Whether the output exists; if it does, it is complete."""
+    if not os.path.lexists(out):
+        return False
+    assert verify_output(out).problems == ()
+    return True
+
+
+def finish(server: Runs, command: Command, out: Path, expected: dict[str, bytes]) -> Ended:
+    """Run once more: the output is that of an uninterrupted run, and nothing else is left."""
+    ended = server.run([*command, "-o", out])
+    assert ended.status == 0, ended.stderr
+    assert folder_bytes(out) == expected
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    shutil.rmtree(out)
+    return ended
+
+
+@pytest.mark.parametrize("options", [(), ("--patch",)], ids=["checkpoint", "patch"])
+def test_killed_at_random_moments(
+    server: Runs,
+    command: Command,
+    inputs: dict[str, bytes],
+    tmp_path: Path,
+    options: tuple[str, ...],
+) -> None:
+    draw = random.Random(SEED)
+    work = tmp_path / "work"
+    out = work / "out"
+    command = [*command, *options]
+    expected, length = whole(server, command, out)
+    killed = resumed = 0
+    for _ in range(MOMENTS if not options else MOMENTS // 5):
+        child = server.start([*command, "-o", out])
+        time.sleep(draw.uniform(0.0, length))
+        os.kill(child, signal.SIGKILL)
+        killed += server.wait().status == -signal.SIGKILL
+        if assert_nothing_or_whole(out):
+            shutil.rmtree(out)
+        resumed += "resuming: " in finish(server, command, out, expected).stderr
+    assert isinstance(command[1], Path) and folder_bytes(command[1].parent) == inputs
+    if not options:
+        assert killed > MOMENTS * 0.6, "the runs ended before they were killed"
+        assert resumed >= 5
+
+
+def test_killed_before_every_step_on_the_disk(
+    server: Runs, command: Command, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    out = work / "out"
+    expected, _ = whole(server, command, out)
+    step = resumed = 0
+    while True:
+        step += 1
+        hook = {"action": "kill", "step": step, "folder": str(work)}
+        status = server.run([*command, "-o", out], hook).status
+        there = assert_nothing_or_whole(out)
+        if status == 0:
+            break
+        assert status == -signal.SIGKILL
+        if there:
+            shutil.rmtree(out)
+        resumed += "resuming: " in finish(server, command, out, expected).stderr
+    assert there and step > 20
+    assert resumed >= 3
