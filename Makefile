@@ -2,6 +2,7 @@
 # make test     the tests (under five minutes on two cores)
 # make check    everything that must hold before a merge: style, types, tests, slow tests
 # make bench    time and memory against mergekit and others, on a quiet machine (docs/benchmarks.md)
+# make sweep    every architecture of the installed transformers; rewrites docs/architectures.md
 # make env      only the environment; every target above makes it first
 # make docs     rewrite docs/commands from the same source as --help
 #
@@ -10,7 +11,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env demo test slow style types check docs bench clean
+.PHONY: help env demo test slow sweep style types check docs bench clean
 
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
@@ -55,6 +56,10 @@ test: env
 
 slow: env
 	$(BIN)/python -m pytest tests/slow --timeout 1200
+
+# Results are kept in .cache/sweep under a key of the code: a second run does what is missing.
+sweep: env
+	$(THREADS) PYTHONPATH=tests $(BIN)/python -m architectures.sweep --workers $(WORKERS)
 
 style: env
 	$(BIN)/ruff check .
