@@ -13,10 +13,11 @@ import torch
 import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support.layouts_support import make_family, respelled, split_phi3
+from support.layouts_support import SMALL, make_family, respelled, split_phi3
 from support.repair_support import Trio, assert_output, read_folder
 from torch import Tensor
 
+from realign.checkpoint.spellings import spelled
 from realign.errors import MismatchError
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
@@ -244,3 +245,26 @@ def test_a_phi_that_was_split_into_a_llama_pairs_with_its_parent(tmp_path: Path)
     out, whole = read_folder(tmp_path / "out"), split_phi3(read_folder(tmp_path / "whole"))
     assert all(torch.equal(out[name], tensor) for name, tensor in whole.items())
     transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_a_language_model_taken_out_of_one_that_sees(tmp_path: Path) -> None:
+    """Llava as the parent, its Llama alone as the fine-tune; every name differs by its prefix."""
+    text = transformers.LlamaConfig(**SMALL, intermediate_size=48)
+    eyes = transformers.CLIPVisionConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2,
+        image_size=8, patch_size=4,
+    )  # fmt: skip
+    seeing = transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(vision_config=eyes, text_config=text)
+    )
+    seeing.save_pretrained(tmp_path / "aligned")
+    model = transformers.LlamaForCausalLM(text)
+    model.save_pretrained(tmp_path / "finetuned")
+    trio = Trio(tmp_path, tmp_path / "aligned", tmp_path, tmp_path / "finetuned")
+    done = run(trio, tmp_path / "out", "wise_ft", settings={"a": 1.0}, scope="all")
+    assert any("for images and sound are only in" in note for note in done.plan.notes)
+    out = read_folder(tmp_path / "out")
+    aligned = {spelled(name): each for name, each in read_folder(tmp_path / "aligned").items()}
+    assert set(out) == set(read_folder(tmp_path / "finetuned"))
+    for name, tensor in out.items():
+        assert torch.equal(tensor, aligned[spelled(name)]), name
