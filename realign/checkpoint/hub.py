@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -129,7 +130,10 @@ def _download(reference: Reference, progress: Progress) -> Path:
     progress.note(f"{reference.text}: commit {commit}")
 
     def fetch(names: Sequence[str], what: str) -> Path:
-        with progress.task(what, total=sum(sizes[name] for name in names), unit="B") as task:
+        total = sum(sizes[name] for name in names)
+        with progress.task(what, total=total, unit="B") as task, warnings.catch_warnings():
+            # If it is so, the error follows, and is the one thing to be said.
+            warnings.filterwarnings("ignore", message="Not enough free disk space")
             places = [
                 Path(
                     hf_hub_download(
@@ -313,11 +317,10 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
             f"the Hub answered HTTP {code} for {at}: {_first_line(error)}",
             "try again later, or download the model elsewhere and give its folder",
         )
-    # The client looks at the free space itself and then raises without a number.
-    if isinstance(error, OSError) and (error.errno in _DISK or "free disk space" in str(error)):
+    if isinstance(error, OSError) and error.errno in _DISK:
         return CheckpointError(
-            f"{at} cannot be stored in the Hub's cache: {error.strerror or _first_line(error)}"
-            + (f" ({error.filename})" if error.filename else ""),
+            f"{at} cannot be stored in the Hub's cache: {error.strerror} "
+            f"({error.filename or cache_folder() or 'the default place'})",
             "free some space, or set HF_HOME to a folder on another disk",
         )
     if isinstance(error, OSError) and "onsistency check" in str(error):

@@ -110,5 +110,5 @@ def test_a_cache_without_space(disk: Path, tmp_path: Path, monkeypatch: pytest.M
     with serve(Hub({"org/aligned": Repository({"c" * 40: files}, {"main": "c" * 40})})) as hub:
         monkeypatch.setenv("HF_ENDPOINT", hub.url)
         result = repair(tmp_path / "out", aligned="org/aligned")
-    refused(result, "org/aligned cannot be stored", "free disk space", disk, "HF_HOME")
+    refused(result, "org/aligned cannot be stored", "No space left", disk, "HF_HOME")
     assert not (tmp_path / "out").exists()
