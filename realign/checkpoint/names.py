@@ -27,7 +27,7 @@ _AHEAD = frozenset(("mtp", "mtp_layers", "mtp_block", "mtp_emb_norm"))
 # Towers for images and sound have blocks of their own, which are no decoder blocks.
 _TOWER = re.compile(
     r"(?:^|\.)[a-z_]*(?:vision|visual|image|audio|speech|whisper|qformer|resampler|multi_modal|"
-    r"mm_projector|connector)[a-z_]*(?:\.|$)"
+    r"mm_projector|connector|aligner|vqmodel)[a-z_]*(?:\.|$)"
 )
 _NORM = re.compile(r"norm|(?:^|[._])ln(?:[._\d]|$)")
 _EXPERTS = re.compile(r"(?:^|\.)(?:shared_)?experts\.")
@@ -45,7 +45,7 @@ _INPUTS = (
     "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "tokens_embed",
     "word_embedding", "embeddings", "embed",
 )  # fmt: skip
-_OUTER_EMBEDDINGS = frozenset(("embed", "w"))  # words of many meanings, where there is no layer
+_OUTER_EMBEDDINGS = frozenset(("embed", "shared", "w"))  # words of many meanings, where there is no layer
 _HEADS = frozenset(
     ("lm_head", "embed_out", "output_layer", "unembed", "lm_loss", "generator_lm_head")
 )
