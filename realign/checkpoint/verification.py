@@ -6,22 +6,19 @@ and writing the manifest (`manifest`), whether the repair itself was right (the 
 
 from __future__ import annotations
 
-import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, cast
+from threading import Lock
+from typing import Any, Literal, cast
 
-import torch
-from torch import Tensor
-
-from realign.checkpoint.headers import FLOATS, Header, TensorInfo, read_header
+from realign.checkpoint.headers import Header, TensorInfo, read_header
 from realign.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256_file
-from realign.checkpoint.names import role_of
+from realign.checkpoint.scan import scan_weights
 from realign.checkpoint.sidecars import TEMPLATE_FOLDER
 from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE
 from realign.checkpoint.writer import JOURNAL_NAME
@@ -30,7 +27,7 @@ from realign.progress import SILENT, Progress, Task
 
 VERIFY_SCHEMA = "realign/verify/1"
 
-_CHUNK = 4 * 2**20
+_MOST_FILES = 4
 _COPY_AGAIN = "copy the file from where it was intact, or repair again"
 _NOT_FINITE = "do not use this output: repair again, and report it if it comes back"
 # What some loader picks up by its name alone, in a folder that lists no such file.
@@ -108,19 +105,16 @@ def verify_output(folder: Path, progress: Progress = SILENT) -> VerifyReport:
     """
     manifest = _require_manifest(folder)
     output = _object(manifest.get("output"))
-    expected = _object(output.get("files"))
-    if not expected or not all(isinstance(digest, str) for digest in expected.values()):
+    listed = _object(output.get("files"))
+    if not listed or not all(isinstance(digest, str) for digest in listed.values()):
         raise CheckpointError(f"{folder / MANIFEST_NAME} lists no files", "repair again")
+    expected = cast(Mapping[str, str], listed)
     present = {path.relative_to(folder).as_posix(): path for path in _files(folder)}
-    headers: dict[str, Header] = {}
-    problems: list[Problem] = []
     nbytes = sum(present[name].stat().st_size for name in expected if name in present)
     with progress.task(f"verify {folder.name}", total=nbytes, unit="B") as task:
-        for name, digest in sorted(expected.items()):
-            if name not in present:
-                problems.append(Problem(name, "is missing", _COPY_AGAIN))
-            else:
-                problems += _check_file(name, present[name], digest, headers, task)
+        files = _check_files(expected, present, task)
+    headers = {name: file.header for name, file in files.items() if file.header is not None}
+    problems = [problem for file in files.values() for problem in file.problems]
     problems += [
         Problem(name, "was added since", "remove it: a loader may take it up")
         for name in sorted(set(present) - set(expected) - {MANIFEST_NAME})
@@ -183,91 +177,63 @@ def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _check_file(
-    name: str, path: Path, digest: str, headers: dict[str, Header], task: Task
-) -> Iterator[Problem]:
+@dataclass(frozen=True)
+class _File:
+    """What was found in one file."""
+
+    header: Header | None
+    """Of weight files that can be read."""
+    problems: tuple[Problem, ...]
+
+
+def _check_files(
+    expected: Mapping[str, str], present: Mapping[str, Path], task: Task
+) -> dict[str, _File]:
+    """Every listed file by name, in order; several are read at once."""
+    counted = _Counted(task)
+    with ThreadPoolExecutor(max_workers=min(_MOST_FILES, os.cpu_count() or 1)) as pool:
+        jobs = {
+            name: pool.submit(_check_file, name, present.get(name), digest, counted)
+            for name, digest in sorted(expected.items())
+        }
+        try:
+            return {name: job.result() for name, job in jobs.items()}
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Counted:
+    """A task that several threads advance."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._lock = Lock()
+
+    def advance(self, amount: float = 1.0) -> None:
+        with self._lock:
+            self._task.advance(amount)
+
+
+def _check_file(name: str, path: Path | None, digest: str, task: Task) -> _File:
+    if path is None:
+        return _File(None, (Problem(name, "is missing", _COPY_AGAIN),))
     header: Header | None = None
+    problems: list[Problem] = []
     if path.suffix == ".safetensors":
         try:
             header = read_header(path)
         except HeaderError as error:
-            yield Problem(name, f"cannot be read: {error.message}", _COPY_AGAIN)
+            problems.append(Problem(name, f"cannot be read: {error.message}", _COPY_AGAIN))
     if header is None:
         actual, damaged = sha256_file(path, task.advance), ()
     else:
-        headers[name] = header
-        actual, damaged = _hash_and_check(header, task)
+        actual, damaged = scan_weights(header, task)
     if actual != digest:
-        yield Problem(name, "differs from what realign wrote", _COPY_AGAIN)
-    for tensor in damaged:
-        yield Problem(tensor, f"in {name} holds NaN or infinity", _NOT_FINITE)
-
-
-def _hash_and_check(header: Header, task: Task) -> tuple[str, tuple[str, ...]]:
-    """SHA-256 of a weight file, and its tensors that hold NaN or infinity; one pass.
-
-    The hash of one chunk is computed in a thread while the next one is read and checked.
-    """
-    digest = hashlib.sha256()
-    damaged: dict[str, None] = {}
-    buffers = [torch.empty(_CHUNK, dtype=torch.uint8) for _ in range(2)]
-    busy: list[Future[None] | None] = [None, None]
-    turn = 0
-    with (
-        header.file.open("rb", buffering=0) as stream,
-        ThreadPoolExecutor(max_workers=1) as pool,
-    ):
-        for info, size in _parts(header):
-            earlier = busy[turn]
-            if earlier is not None:
-                earlier.result()
-            view = memoryview(cast(Any, buffers[turn][:size].numpy()))
-            _read_exactly(stream, view, header.file)
-            busy[turn] = pool.submit(digest.update, view)
-            if info is not None and not all_finite(buffers[turn][:size].view(info.torch_dtype)):
-                damaged[info.name] = None
-            task.advance(size)
-            turn = 1 - turn
-    return digest.hexdigest(), tuple(damaged)
-
-
-def _parts(header: Header) -> Iterator[tuple[TensorInfo | None, int]]:
-    """The file from front to back in chunks: whose numbers they are (None: not checked), bytes.
-
-    The tensors of a readable header cover the file after its JSON without gap or overlap.
-    """
-    tensors = sorted(header.tensors.values(), key=lambda info: info.offset)
-    size = header.file.stat().st_size
-    start = min((info.offset for info in tensors if info.nbytes), default=size)
-    spans: list[tuple[TensorInfo | None, int]] = [(None, start)]
-    for info in tensors:
-        checked = info.dtype in FLOATS and role_of(info).kind != "buffer"
-        spans.append((info if checked else None, info.nbytes))
-    for info, length in spans:
-        for at in range(0, length, _CHUNK):
-            yield info, min(_CHUNK, length - at)
-
-
-def _read_exactly(stream: BinaryIO, view: memoryview, path: Path) -> None:
-    while len(view):
-        count = cast(Any, stream).readinto(view)
-        if not count:
-            raise HeaderError(
-                f"{path} ended early: it changed while it was being read",
-                "make sure that nothing writes to the folder, then run again",
-            )
-        view = view[count:]
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether a floating-point tensor holds neither NaN nor infinity.
-
-    Minimum and maximum pass NaN on, and are found many times faster than a mask is made.
-    """
-    if not values.numel():
-        return True
-    low, high = torch.aminmax(values)
-    return isfinite(float(low)) and isfinite(float(high))
+        problems.append(Problem(name, "differs from what realign wrote", _COPY_AGAIN))
+    problems += [
+        Problem(tensor, f"in {name} holds NaN or infinity", _NOT_FINITE) for tensor in damaged
+    ]
+    return _File(header, tuple(problems))
 
 
 def _tensor_problems(

@@ -15,7 +15,8 @@ from support.checkpoint_support import Notes, llama_tensors, write_model
 
 from realign.checkpoint.manifest import MANIFEST_NAME, MANIFEST_SCHEMA, sha256_file, tensor_list
 from realign.checkpoint.reader import open_checkpoint
-from realign.checkpoint.verification import all_finite, verify_output, would_be_loaded
+from realign.checkpoint.scan import all_finite
+from realign.checkpoint.verification import verify_output, would_be_loaded
 from realign.checkpoint.writer import JOURNAL_NAME, OutputFolder, plan_layout
 from realign.errors import CheckpointError, NotFoundError
 
@@ -229,3 +230,11 @@ def test_a_manifest_that_lists_nothing(tmp_path: Path, listed: object) -> None:
 def test_all_finite_is_what_torch_says(values: list[float], dtype: torch.dtype) -> None:
     tensor = torch.tensor(values, dtype=torch.float64).to(dtype)
     assert all_finite(tensor) is bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize("at", [0, 24_575, 24_576, 99_999])
+def test_no_number_is_passed_over(at: int) -> None:
+    values = torch.ones(100_000, dtype=torch.bfloat16)
+    assert all_finite(values)
+    values[at] = float("nan")
+    assert not all_finite(values)
