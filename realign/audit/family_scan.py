@@ -313,11 +313,10 @@ def _require_same(
 
 
 def _wrong(file: SubspaceFile, reference: Checkpoint, how: str) -> MismatchError:
-    pin = f"@{file.aligned.commit}" if file.aligned.commit else ""
     return MismatchError(
         f"{file.path} was not made from {reference.source}: {how}",
-        f"give the aligned model that it was made from ({file.aligned.source.partition('@')[0]}"
-        f"{pin}), or make a subspace file of this one",
+        f"give the aligned model that it was made from ({file.aligned.address}), or make a "
+        "subspace file of this one",
     )
 
 

@@ -53,6 +53,13 @@ class Family:
     commit: str | None
     content_digest: str
 
+    @property
+    def address(self) -> str:
+        """Where it can be opened again, at the same commit."""
+        if self.commit is None:
+            return self.source
+        return f"{self.source.partition('@')[0]}@{self.commit}"
+
 
 class SubspaceFile:
     """A subspace file opened for reading, one matrix at a time."""

@@ -252,6 +252,41 @@ def test_subspace_writes_a_file_and_a_picture(tmp_path: Path) -> None:
     assert result.stdout.splitlines()[-2:] == [str(out), str(tmp_path / "safety.svg")]
 
 
+def test_subspace_measures_a_fine_tune_without_its_base(tmp_path: Path) -> None:
+    from realign.audit.subspace_file import read_subspace
+
+    file = tmp_path / "safety.safetensors"
+    options = ["--base", model("base"), "-o", file, "--rank", "4", "--device", "cpu"]
+    realign("subspace", model("aligned"), *options, "--picture", "none")
+    result = realign("subspace", model(), "--measure", file)
+    assert result.exit_code == 0, result.stderr
+    assert "retained_k" in result.stdout and "NOT validated" in result.stdout
+    named: Any = realign(
+        "subspace", model(), "--measure", file, "--reference", model("aligned"), "--json"
+    ).json
+    assert 0.0 < named["total"]["energy"] < 1.0 and named["total"]["relative_distance"] > 0.0
+    assert named["total"]["known"] == len(read_subspace(file).rows)
+    kept: Any = realign("subspace", model("aligned"), "--measure", file, "--json").json
+    assert kept["total"]["retained_k"] == 1.0
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["safety.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--measure", "f", "--base", "b"],
+        ["--measure", "f", "-o", "o"],
+        ["--base", "b"],
+        ["-o", "o"],
+        ["--base", "b", "-o", "o", "--reference", "r"],
+    ],
+)
+def test_subspace_makes_or_measures_but_not_both(options: list[str]) -> None:
+    result = realign("subspace", model(), *options)
+    assert result.exit_code == 2
+    assert "--measure" in result.stderr and "Traceback" not in result.stderr
+
+
 def test_methods_lists_all_and_shows_each_card() -> None:
     listed: Any = realign("methods", "--json").json
     names = [each["name"] for each in listed]

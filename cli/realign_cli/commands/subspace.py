@@ -1,4 +1,4 @@
-"""`realign subspace`: decompose the alignment vector of a family once, and look at it."""
+"""`realign subspace`: decompose the alignment vector of a family once; measure fine-tunes on it."""
 
 from __future__ import annotations
 
@@ -29,6 +29,10 @@ EXAMPLES = (
         "realign subspace ./aligned --base ./base --rank entropy \\\n    -o safety.safetensors",
         "as many directions as the entropy rule keeps",
     ),
+    Example(
+        "realign subspace ./tuned --measure safety.safetensors \\\n    --reference ./aligned",
+        "what a fine-tune did to these directions",
+    ),
 )
 
 NOTES = """
@@ -36,6 +40,11 @@ The alignment vector a = W_aligned - W_base belongs to the model family, not to 
 file holds U_k, S_k and V_k of every matrix in float32 and, in its metadata, the commits and digests
 of both checkpoints, the rank rule, and per matrix its entropy and ranks. A picture of rank and
 entropy per layer is written beside it.
+
+With --measure the model is a fine-tune of the family, and nothing is written: one pass over it and
+its reference, without the base, gives its relative distance, the share of its task vector inside
+the subspace (energy; excess over chance) and retained_k, which is 1 where alignment is as it was
+within these directions and 0 where it is undone. The numbers are not validated and decide nothing.
 """
 
 
@@ -46,10 +55,13 @@ def join(app: typer.Typer) -> None:
 
 def subspace(
     sink: Sink,
-    aligned: Annotated[str, typer.Argument(metavar="ALIGNED", help="The aligned model.")],
+    model: Annotated[
+        str,
+        typer.Argument(metavar="MODEL", help="The aligned model; with --measure, a fine-tune."),
+    ],
     *,
     base: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--base",
             "-b",
@@ -57,10 +69,26 @@ def subspace(
             help="The pretrained model before alignment.",
             rich_help_panel=MODELS_PANEL,
         ),
-    ],
+    ] = None,
+    measure: Annotated[
+        Path | None,
+        typer.Option(
+            "--measure", metavar="FILE", help="Measure MODEL against this subspace file instead."
+        ),
+    ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option(
+            "--reference",
+            metavar="MODEL",
+            help="With --measure: the aligned model; as recorded in the file by default.",
+            rich_help_panel=MODELS_PANEL,
+        ),
+    ] = None,
     out: Annotated[
-        Path, typer.Option("--out", "-o", metavar="FILE", help="The file to write (safetensors).")
-    ],
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="The file to write (safetensors)."),
+    ] = None,
     rank: Annotated[
         str,
         typer.Option(
@@ -77,7 +105,20 @@ def subspace(
     device: Device = "auto",
     offline: Offline = False,
 ) -> int | None:
-    """Write the safety subspace of a model family, with a picture of rank and entropy per layer."""
+    """Write the safety subspace of a model family, or measure a fine-tune against one."""
+    if measure is not None:
+        if base is not None or out is not None:
+            raise UsageError(
+                "--measure needs no base and writes no file", "leave --base and --out out"
+            )
+        from realign_cli.family_scan import measure_subject
+
+        return measure_subject(sink, model, measure, reference=reference, offline=offline)
+    if base is None or out is None or reference is not None:
+        raise UsageError(
+            "a subspace file needs --base and --out; --reference belongs to --measure",
+            "realign subspace ALIGNED --base BASE -o FILE",
+        )
     if picture not in ("png", "svg", "none"):
         raise UsageError(f"there is no picture kind {picture!r}", "kinds: png, svg, none")
     drawing = out.with_suffix(f".{picture}")
@@ -87,7 +128,7 @@ def subspace(
     from realign.repair.subspace_file import SubspaceRequest, write_subspace
 
     request = SubspaceRequest(
-        aligned=aligned,
+        aligned=model,
         base=base,
         output=out,
         rank=int(rank) if rank.lstrip("+-").isdigit() else rank,
