@@ -45,7 +45,9 @@ _INPUTS = (
     "embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "tokens_embed",
     "word_embedding", "embeddings", "embed",
 )  # fmt: skip
-_OUTER_EMBEDDINGS = frozenset(("embed", "shared", "w"))  # words of many meanings, where there is no layer
+_OUTER_EMBEDDINGS = frozenset(
+    ("embed", "shared", "w")
+)  # words of many meanings, where there is no layer
 _HEADS = frozenset(
     ("lm_head", "embed_out", "output_layer", "unembed", "lm_loss", "generator_lm_head")
 )

@@ -9,9 +9,10 @@ matrices and chunks. Not here: where pieces come from (`stream`), the fast form 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -51,11 +52,28 @@ class EditedPiece:
     """What the chunk adds to a tensor that is edited entry by entry."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Matrix:
+    """A logical matrix in every checkpoint, and where its result goes."""
+
+    slot: Slot
+    views: Mapping[str, Tensor]
+    target: Tensor
+
+
 class Editor:
     """Applies a method to pieces and checks what came of it; safe to call from several threads."""
 
-    def __init__(self, plan: Plan, statistics: Statistics) -> None:
+    def __init__(self, plan: Plan, statistics: Statistics, *, batch: int = 1) -> None:
+        """Open nothing yet.
+
+        Args:
+            plan: what is done.
+            statistics: what the method learned from a running model.
+            batch: how many matrices of one shape are given to the method at once.
+        """
         self._plan = plan
+        self._batch = batch
         self._statistics = statistics
         # Element-wise work stays on the CPU: over PCIe (25 GB/s each way at best) moving three
         # tensors there and one back takes longer than the 5 GB/s per core that it runs at here.
@@ -67,61 +85,115 @@ class Editor:
             vector = plan.method.vector_kind
             self._entries = EntryWork(linear, vector=vector, strength=plan.strength)
 
-    def edit(self, piece: Piece) -> EditedPiece:
-        """Edit one piece, or pass its copy through.
+    def edit(self, pieces: Sequence[Piece]) -> list[EditedPiece]:
+        """Edit pieces that came together, or pass their copies through.
 
         Raises:
             NonFiniteError: what was read, or what would be written, is not finite.
             CheckpointError: a decomposition does not converge.
             ModelError: the accelerator's memory is too small.
         """
-        cut, role = piece.cut, piece.cut.pair.role
+        if len(pieces) == 1 and not pieces[0].cut.slots:
+            return [self._edit_rows(pieces[0])]
+        for piece in pieces:
+            assert piece.cut.slots, "only matrices come together"
+            self._check_read(piece)
+        edited = self._edit_matrices(pieces)
+        for each in edited:
+            self._check_result(each)
+        return edited
+
+    def _edit_rows(self, piece: Piece) -> EditedPiece:
+        cut = piece.cut
         if cut.edit and self._entries is not None and self._entries.fits(piece.tensors):
             stored, edit, effect = self._entries.edit(piece.tensors)
             if effect.is_finite:  # then so is all that was read and written: no pass of its own
                 return EditedPiece(cut, stored, share=(edit, effect))
+        self._check_read(piece)
+        if not cut.edit:
+            return EditedPiece(cut, piece.tensors["finetuned"])
+        edited = self._edit_entries(piece)
+        self._check_result(edited)
+        return edited
+
+    def _check_read(self, piece: Piece) -> None:
+        role = piece.cut.pair.role
         if role.kind != "buffer":  # a stored attention mask may hold -inf
             for label, tensor in piece.tensors.items():
                 source = self._plan.inputs[label].source
                 check_input(tensor, name=role.name, role=label, source=source)
-        if not cut.edit:
-            return EditedPiece(cut, piece.tensors["finetuned"])
-        edited = self._edit_matrices(piece) if cut.slots else self._edit_entries(piece)
-        check_output(edited.stored, name=role.name, dtype=str(edited.stored.dtype))
-        return edited
 
-    def _edit_matrices(self, piece: Piece) -> EditedPiece:
-        stored = torch.empty_like(piece.tensors["finetuned"])
-        done: list[EditedMatrix] = []
-        for slot in piece.cut.slots:
-            views = {label: logical_matrix(each, slot) for label, each in piece.tensors.items()}
+    def _check_result(self, edited: EditedPiece) -> None:
+        stored = edited.stored
+        check_output(stored, name=edited.cut.pair.role.name, dtype=str(stored.dtype))
+
+    def _edit_matrices(self, pieces: Sequence[Piece]) -> list[EditedPiece]:
+        stored = [torch.empty_like(piece.tensors["finetuned"]) for piece in pieces]
+        done: list[list[EditedMatrix]] = [[] for _ in pieces]
+        places = [(at, slot) for at, piece in enumerate(pieces) for slot in piece.cut.slots]
+        for group in self._groups(places, pieces):
+            matrices: list[_Matrix] = []
+            for at, slot in group:
+                tensors = pieces[at].tensors
+                views = {label: logical_matrix(each, slot) for label, each in tensors.items()}
+                matrices.append(_Matrix(slot, views, logical_matrix(stored[at], slot)))
+            keys = ", ".join(slot.key for _, slot in group)
             try:
-                edit, effect = self._lanes.run(
-                    partial(self._edit_matrix, slot, views, logical_matrix(stored, slot))
-                )
+                found = self._lanes.run(partial(self._edit_group, matrices))
             except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
                 raise CheckpointError(
-                    f"{slot.key}: its decomposition does not converge ({error})",
+                    f"{keys}: its decomposition does not converge ({error})",
                     "check the tensor in every checkpoint of the run",
                 ) from error
             except torch.OutOfMemoryError as error:
                 raise ModelError(
-                    f"{slot.key} does not fit into the memory of {self._plan.device}",
+                    f"{keys} does not fit into the memory of {self._plan.device}",
                     "use --device cpu",
                 ) from error
-            row = self.row(piece.cut, edit, effect, key=slot.key, module=slot.module)
-            done.append(EditedMatrix(slot, edit, row))
-        return EditedPiece(piece.cut, stored, tuple(done))
+            for (at, slot), (edit, effect) in zip(group, found, strict=True):
+                row = self.row(pieces[at].cut, edit, effect, key=slot.key, module=slot.module)
+                done[at].append(EditedMatrix(slot, edit, row))
+        return [
+            EditedPiece(piece.cut, rows, tuple(matrices))
+            for piece, rows, matrices in zip(pieces, stored, done, strict=True)
+        ]
 
-    def _edit_matrix(
-        self, slot: Slot, views: Mapping[str, Tensor], target: Tensor, lane: Lane
-    ) -> tuple[Edit, Effect]:
-        matrices = lane.up(views)
-        layer = self._layer(slot.key, slot.module, slot.layer, matrices)
-        edit = self._plan.method.edit(layer, self._statistics)
-        result, effect = self._apply(edit, matrices)
-        lane.down(result, target)
-        return edit, effect
+    def _groups(
+        self, places: Sequence[tuple[int, Slot]], pieces: Sequence[Piece]
+    ) -> Iterator[list[tuple[int, Slot]]]:
+        """Neighbours of one shape, as many as go together; on the processor one by one."""
+
+        def shape(place: tuple[int, Slot]) -> tuple[object, ...]:
+            at, slot = place
+            tensors = pieces[at].tensors
+            return (
+                tuple(logical_matrix(tensors["finetuned"], slot).shape),
+                *(tensor.dtype for tensor in tensors.values()),
+            )
+
+        for _, same in groupby(places, key=shape):
+            rest = list(same)
+            while rest:
+                yield rest[: self._batch]
+                rest = rest[self._batch :]
+
+    def _edit_group(self, matrices: Sequence[_Matrix], lane: Lane) -> list[tuple[Edit, Effect]]:
+        there = [lane.up(each.views) for each in matrices]
+        layers = [
+            self._layer(each.slot.key, each.slot.module, each.slot.layer, tensors)
+            for each, tensors in zip(matrices, there, strict=True)
+        ]
+        method = self._plan.method
+        if len(layers) == 1:
+            edits = [method.edit(layers[0], self._statistics)]
+        else:
+            edits = method.edit_batch(layers, self._statistics)
+        found: list[tuple[Edit, Effect]] = []
+        for each, tensors, edit in zip(matrices, there, edits, strict=True):
+            result, effect = self._apply(edit, tensors)
+            lane.down(result, each.target)
+            found.append((edit, effect))
+        return found
 
     def _edit_entries(self, piece: Piece) -> EditedPiece:
         """Small blocks of rows, so that the float32 scratch stays in the processor's cache."""

@@ -28,11 +28,17 @@ from realign.repair.pipeline import Pipeline
 from realign.repair.plan import Plan
 from realign.repair.record import TensorRow
 from realign.repair.request import Inputs
-from realign.repair.stream import Cut, Piece, Reader, cut_tensor, planned_keys
+from realign.repair.stream import Cut, Piece, Reader, batched, cut_tensor, planned_keys
 from realign.subspace.threads import torch_threads
 
 _LANES = 4
 """Matrices under way on an accelerator: one uploads and one downloads while two compute."""
+
+_BATCH = 32
+"""Matrices of one shape that an accelerator decomposes in one call."""
+
+_BATCH_BYTES = 256 * 2**20
+"""What they may hold together: large ones fill the device alone."""
 
 
 class Flow:
@@ -60,7 +66,8 @@ class Flow:
             ModelError: the accelerator's memory is too small for the largest matrix.
         """
         self._plan, self._inputs, self._progress = plan, inputs, progress
-        self._editor = Editor(plan, statistics)
+        self._batch = batch_size(torch.device(plan.device))
+        self._editor = Editor(plan, statistics, batch=self._batch)
         self._lanes = _how_many(plan, inputs) if in_flight is None else max(1, in_flight)
 
     def write_shards(self, output: OutputFolder) -> list[TensorRow]:
@@ -75,7 +82,8 @@ class Flow:
         total = sum(shard.nbytes for shard in todo)
         found: dict[str, list[TensorRow]] = {}
 
-        def write(pieces: Iterator[tuple[EditedPiece, list[TensorRow]]]) -> None:
+        def write(handed: Iterator[list[tuple[EditedPiece, list[TensorRow]]]]) -> None:
+            pieces = (piece for together in handed for piece in together)
             for shard in todo:
                 found[shard.filename] = _write_shard(output, shard, pieces, task)
 
@@ -86,9 +94,11 @@ class Flow:
             Reader(self._inputs) as reader,
             self._pipeline(cuts, reader, self._editor.edit, write=write) as pipeline,
         ):
-            for edited in pipeline:
-                pipeline.hand((edited, [each.row for each in ledger.settle(edited)]))
-                del edited
+            for pieces in pipeline:
+                pipeline.hand(
+                    [(each, [done.row for done in ledger.settle(each)]) for each in pieces]
+                )
+                del pieces
         rows: list[TensorRow] = []
         for shard in self._plan.layout:
             if shard.filename in found:
@@ -125,9 +135,9 @@ class Flow:
                     task.advance()
         return rows, factors
 
-    def _factored(self, piece: Piece) -> list[tuple[TensorRow, Factors | None]]:
+    def _factored(self, pieces: Sequence[Piece]) -> list[tuple[TensorRow, Factors | None]]:
         found: list[tuple[TensorRow, Factors | None]] = []
-        for each in self._editor.edit(piece).done:
+        for each in (each for piece in self._editor.edit(pieces) for each in piece.done):
             if isinstance(each.edit, Unchanged):
                 found.append((each.row, None))
                 continue
@@ -139,10 +149,10 @@ class Flow:
 
     def _pipeline(self, cuts: Iterator[Cut], reader: Reader, work: Any, write: Any = None) -> Any:
         return Pipeline(
-            cuts,
-            read=reader.read,
+            batched(cuts, self._batch, limit=_BATCH_BYTES),
+            read=lambda cuts: [reader.read(cut) for cut in cuts],
             work=work,
-            cost=lambda cut: cut.cost,
+            cost=lambda cuts: sum(cut.cost for cut in cuts),
             budget=self._budget(),
             workers=0 if self._plan.method.elementwise else self._lanes,
             write=write,
@@ -168,6 +178,11 @@ class Flow:
         if self._plan.method.elementwise:
             return 1
         return max(1, (os.cpu_count() or 1) // self._lanes)
+
+
+def batch_size(device: torch.device) -> int:
+    """How many matrices of one shape are worked on in one call: on the processor nothing is won."""
+    return 1 if device.type == "cpu" else _BATCH
 
 
 def _write_shard(

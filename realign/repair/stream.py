@@ -8,7 +8,7 @@ and the output (`engine`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
@@ -32,6 +32,8 @@ class Cut:
     start: int
     """First row of dim 0 that the piece covers."""
     stop: int
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
     roles: tuple[str, ...]
     """What is read; only the fine-tune where the rows are copied."""
     edit: bool
@@ -72,7 +74,7 @@ def cut_tensor(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Cut]:
                 assert start >= at, f"{slots[0].key} overlaps another block of its tensor"
                 yield from _chunks(pair, inputs, at, start)
                 cost = block_bytes(info, (start, stop), slots, inputs=len(roles))
-                yield Cut(pair, start, stop, roles, edit=True, cost=cost, slots=slots)
+                yield Cut(pair, start, stop, info.shape, roles, edit=True, cost=cost, slots=slots)
                 at = stop
     yield from _chunks(pair, inputs, at, total)
 
@@ -91,11 +93,45 @@ def _chunks(
             pair,
             start + first,
             start + last,
+            info.shape,
             roles or ("finetuned",),
             edit=bool(roles),
             cost=(last - first) * per_row * (len(roles) + 1),
             last=start + last == stop,
         )
+
+
+def batched(cuts: Iterable[Cut], count: int, *, limit: int) -> Iterator[tuple[Cut, ...]]:
+    """Neighbouring cuts with matrices of one shape together, all others alone; the order stays.
+
+    Args:
+        cuts: in order.
+        count: how many go together at most; 1: none do.
+        limit: what those that go together may cost at most, in bytes.
+    """
+    together: list[Cut] = []
+    for cut in cuts:
+        fits = (
+            together
+            and cut.slots
+            and len(together) < count
+            and _shape(cut) == _shape(together[0])
+            and cut.cost + sum(each.cost for each in together) <= limit
+        )
+        if together and not fits:
+            yield tuple(together)
+            together = []
+        together.append(cut)
+    if together:
+        yield tuple(together)
+
+
+def _shape(cut: Cut) -> tuple[int, ...] | None:
+    """What decides whether matrices can be worked on in one call; None: they cannot."""
+    if not cut.slots:
+        return None
+    rows = cut.stop - cut.start
+    return (rows, *cut.shape[1:], len(cut.slots))
 
 
 def planned_keys(plan: Plan) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ Our own method. Shape suffixes: o is d_out, i is d_in, k the number of direction
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.method import Card, Method, Statistics
-from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.methods.ranks import choose_rank, edit_together, spectrum_facts
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
 from realign.subspace.spectrum import Decomposition, Side, decompose
 from realign.subspace.vectors import difference, squared_norm
@@ -84,17 +85,30 @@ class Replace(Method):
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = P D + D Q - P D Q, or one of its one-sided forms [d_out, d_in]."""
+        delta_safe = self._delta_safe(layer)
+        if isinstance(delta_safe, Unchanged):
+            return delta_safe
+        return self._edit(layer, decompose(delta_safe))
+
+    def edit_batch(self, layers: Sequence[Layer], statistics: Statistics) -> list[Edit]:
+        """Decompose all safety vectors in one call."""
+        deltas = [self._delta_safe(layer) for layer in layers]
+        return edit_together(layers, deltas, self._edit)
+
+    def _delta_safe(self, layer: Layer) -> Tensor | Unchanged:
         kind = self.vector_kind
         assert kind is not None
         delta_safe = layer.safety_vector(kind)
         if not bool(delta_safe.any()):
             return Unchanged("alignment did not touch this tensor")
-        drift_oi = difference(layer.require("aligned"), layer.finetuned)
-        if not bool(drift_oi.any()):
+        if not bool(difference(layer.require("aligned"), layer.finetuned).any()):
             return Unchanged("task vector is zero")
         if self.rank == 0:
             return Unchanged("rank is 0")
-        decomposition = decompose(delta_safe)
+        return delta_safe
+
+    def _edit(self, layer: Layer, decomposition: Decomposition) -> Edit:
+        drift_oi = difference(layer.require("aligned"), layer.finetuned)
         k = choose_rank(decomposition.energies, self.rank, eta=self.eta)
         u_ok, v_ik = self._subspaces(layer, decomposition, k)
         left, right = replacement_factors(
