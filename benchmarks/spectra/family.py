@@ -5,7 +5,9 @@
 A made-up family is written to a temporary folder: a reference, a fine-tune of it, and a subspace
 file of 32 directions per matrix, bfloat16, shapes of a 1.1 B model. The floor reads every byte of
 both in the chunks of the scan, one after the other, and does nothing with them. One BLAS thread;
-the scan reads one chunk ahead in a second thread. Both start from a warm page cache.
+the scan reads and computes in as many threads as there are cores, at most four. Measured twice:
+with both checkpoints in the page cache, and after the kernel was asked to drop them from it, as a
+fine-tune is that has just been fetched.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -124,11 +127,21 @@ def make(folder: Path, shape: Shape) -> None:
                 entropy_rank=K,
             )
         )
-    both = (Family(role, None, "") for role in ("reference", "base"))
-    aligned, base = both
+    aligned, base = (Family(role, None, "") for role in ("reference", "base"))
     save_subspace(
         folder / "safety.safetensors", rows, triplets, rank_rule=str(K), aligned=aligned, base=base
     )
+
+
+def forget(folder: Path) -> None:
+    """Ask the kernel to drop the files of a folder from its cache."""
+    for file in folder.rglob("*.safetensors"):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # pages that wait to be written stay
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(handle)
 
 
 def only_read(reference: Checkpoint, subject: Checkpoint) -> int:
@@ -154,22 +167,30 @@ def measure(shape: Shape, *, repeats: int, folder: Path | None = None) -> dict[s
             open_checkpoint(place / "reference") as reference,
             open_checkpoint(place / "subject") as subject,
         ):
-            times = in_turns(
-                {
-                    "scan": lambda: scans.append(
-                        scan_family(file, reference=reference, subject=subject)
-                    ),
-                    "read": lambda: read.append(only_read(reference, subject)),
-                },
-                repeats=repeats,
-            )
+
+            def scan() -> None:
+                scans.append(scan_family(file, reference=reference, subject=subject))
+
+            def floor() -> None:
+                read.append(only_read(reference, subject))
+
+            def cold() -> None:
+                forget(place)
+
+            warm = in_turns({"scan": scan, "read": floor}, repeats=repeats)
+            fresh = in_turns({"scan": scan, "read": floor}, repeats=repeats, before=cold)
     total = scans[-1].total
     assert total is not None, scans[-1].total_reason
     return {
-        **ratio(times["scan"], times["read"]),
-        "seconds_of": {each: times[each].median for each in times},
         "bytes": read[-1],
-        "gb_per_second": read[-1] / 1e9 / times["read"].median,
+        **{
+            name: {
+                **ratio(times["scan"], times["read"]),
+                "seconds_of": {each: times[each].median for each in times},
+                "gb_per_second": read[-1] / 1e9 / times["read"].median,
+            }
+            for name, times in (("warm", warm), ("cold", fresh))
+        },
         "matrices": total.known,
         "found": {
             "relative_distance": total.relative_distance,
@@ -195,11 +216,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shape = Shape(options.layers, options.hidden, options.ffn, options.kv, options.vocabulary)
     found = measure(shape, repeats=options.repeats, folder=options.folder)
     print(json.dumps(found))
-    print(
-        f"Scan of a further fine-tune: {spoken(found, 2)} of only reading both "
-        f"({found['bytes'] / 1e9:.1f} GB at {found['gb_per_second']:.1f} GB/s)",
-        file=sys.stderr,
-    )
+    for name in ("cold", "warm"):
+        print(
+            f"Scan of a further fine-tune, {name}: {spoken(found[name], 2)} of only reading both "
+            f"({found['bytes'] / 1e9:.1f} GB at {found[name]['gb_per_second']:.1f} GB/s)",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -21,12 +21,21 @@ class Times:
 
 
 def in_turns(
-    ways: Mapping[str, Callable[[], Any]], *, repeats: int, warm_up: bool = True
+    ways: Mapping[str, Callable[[], Any]],
+    *,
+    repeats: int,
+    warm_up: bool = True,
+    before: Callable[[], None] | None = None,
 ) -> dict[str, Times]:
-    """Run every way `repeats` times, one after the other, after one turn that does not count."""
+    """Run every way `repeats` times, one after the other, after one turn that does not count.
+
+    `before` runs before every one of them and is not timed.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(repeats + warm_up):
         for name, way in ways.items():
+            if before is not None:
+                before()
             start = time.perf_counter()
             way()
             taken = time.perf_counter() - start
