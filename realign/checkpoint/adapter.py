@@ -45,6 +45,7 @@ from realign.checkpoint.reader import (
     read_json_object,
 )
 from realign.checkpoint.sidecars import adapter_sidecars
+from realign.checkpoint.stacks import StackTarget
 from realign.errors import CheckpointError, NotFoundError
 from realign.progress import SILENT, Progress
 
@@ -166,9 +167,12 @@ class AdapterCheckpoint(Checkpoint):
             tensor = self._files.read(info)
             return tensor if tensor.dtype == torch.float64 == wide else tensor.float()
 
+        a, b = read(lora.a), read(lora.b)
+        if lora.stack is not None:
+            a, b = _of_stack(a, b, lora.stack)
         return Factors(
-            a=read(lora.a),
-            b=read(lora.b),
+            a=a,
+            b=b,
             scale=lora.scale,
             transposed=lora.transposed,
             magnitude=None if lora.magnitude is None else read(lora.magnitude).reshape(-1),
@@ -230,6 +234,20 @@ class AdapterCheckpoint(Checkpoint):
         if self.config != self.base.config:
             found["config.json"] = dump_config(self.config)
         return found
+
+
+def _of_stack(a: Tensor, b: Tensor, stack: StackTarget) -> tuple[Tensor, Tensor]:
+    """The factors of a stack, or of one expert in it; A lies expert by expert, B rank by rank.
+
+    Returns:
+        ([experts, r, d_in], [experts, d_out, r]), or ([r, d_in], [rows, r]) of one expert.
+    """
+    by_expert = a.reshape(stack.experts, -1, a.shape[1])
+    by_rank = b.reshape(b.shape[0], -1, stack.experts).permute(2, 0, 1)
+    if stack.expert is None:
+        return by_expert, by_rank
+    assert stack.rows is not None
+    return by_expert[stack.expert], by_rank[stack.expert, slice(*stack.rows)]
 
 
 def _weights(folder: Path) -> Path:

@@ -24,6 +24,13 @@ from realign.errors import CheckpointError
 # Initialisations that change the base weights: the saved factors only make sense over those.
 _ALTERS_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
+# Types without weights of their own to merge: virtual tokens, prefixes, prompts inside layers.
+_PROMPTS = frozenset(
+    ("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT",
+     "CPT", "CARTRIDGE")
+)  # fmt: skip
+_ROUTERS = frozenset(("XLORA", "POLY"))
+
 # Options under which the adapter is more than W + s B A.
 _NOT_ADDITIVE = {
     "alora_invocation_tokens": "activated LoRA (aLoRA)",
@@ -31,7 +38,6 @@ _NOT_ADDITIVE = {
     "kasa_config": "KaSA",
     "layer_replication": "layer replication",
     "monteclora_config": "MonteCLoRA",
-    "target_parameters": "LoRA on bare parameters (target_parameters)",
     "use_bdlora": "block-diagonal LoRA",
     "use_qalora": "QA-LoRA",
 }
@@ -59,14 +65,21 @@ class LoraConfig:
     """Bare parameters with LoRA (stacks of experts), by the last parts of their names."""
 
     def rank_of(self, module: str) -> int:
-        """The rank of one target module."""
-        return int(_by_pattern(self.rank_pattern, module, self.rank))
+        """The rank of one target module or parameter."""
+        return int(_by_pattern(self.rank_pattern, self._target(module), self.rank))
 
     def scale_of(self, module: str) -> float:
-        """The factor s of one target module."""
+        """The factor s of one target module or parameter."""
         rank = self.rank_of(module)
-        alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
+        alpha = _by_pattern(self.alpha_pattern, self._target(module), self.alpha)
         return alpha / math.sqrt(rank) if self.rank_stabilised else alpha / rank
+
+    def _target(self, module: str) -> str:
+        """How the patterns name a module: by its weight where that is the target."""
+        weight = f"{module}.weight"
+        if any(weight == name or weight.endswith(f".{name}") for name in self.parameters):
+            return weight
+        return module
 
 
 def _by_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
@@ -84,7 +97,7 @@ def parse_lora_config(folder: Path, config: Mapping[str, Any]) -> LoraConfig:
     """
     kind = str(config.get("peft_type", "unknown")).upper()
     if kind != "LORA":
-        _refuse(folder, f"an adapter of type {kind}", "realign reads LoRA and DoRA adapters")
+        _refuse_type(folder, kind)
     for key, what in _NOT_ADDITIVE.items():
         if config.get(key):
             _refuse(folder, f"an adapter with {what}", "it is not a plain sum of weights")
@@ -113,12 +126,30 @@ def parse_lora_config(folder: Path, config: Mapping[str, Any]) -> LoraConfig:
             token_indices={
                 str(k): tuple(int(i) for i in v) for k, v in cast(dict[str, Any], tokens).items()
             },
+            parameters=tuple(str(each) for each in config.get("target_parameters") or ()),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / 'adapter_config.json'} is incomplete or malformed: {error!r}",
             "export the adapter again with peft",
         ) from None
+
+
+def _refuse_type(folder: Path, kind: str) -> None:
+    if kind in _PROMPTS:
+        raise CheckpointError(
+            f"{folder} is an adapter of type {kind}: it changes what the model reads, not its "
+            "weights, and cannot be merged",
+            "give the model under it; there is nothing of the adapter to repair in weight space",
+        )
+    if kind in _ROUTERS:
+        raise CheckpointError(
+            f"{folder} is an adapter of type {kind}: it mixes several adapters anew for every "
+            "token, and cannot be merged",
+            "merge one of its adapters with peft (merge_and_unload, save_pretrained) and give the "
+            "merged folder",
+        )
+    _refuse(folder, f"an adapter of type {kind}", "realign reads LoRA and DoRA adapters")
 
 
 def _refuse(folder: Path, what: str, why: str) -> None:
@@ -133,9 +164,9 @@ class Factors:
     """The trained factors of one module, in at least float32."""
 
     a: Tensor
-    """[r, d_in]; for an embedding [r, vocabulary]."""
+    """[r, d_in]; for an embedding [r, vocabulary]; for a stack [experts, r, d_in]."""
     b: Tensor
-    """[d_out, r]; for an embedding [width, r]."""
+    """[d_out, r]; for an embedding [width, r]; for a stack [experts, d_out, r]."""
     scale: float
     transposed: bool
     """The weight is stored as [d_in, d_out] (Conv1D) or [vocabulary, width] (embedding)."""
@@ -143,13 +174,22 @@ class Factors:
     """DoRA's m, one per output."""
 
     @property
+    def stacked(self) -> bool:
+        """Whether there is one product per expert."""
+        return self.a.dim() == 3
+
+    @property
     def rows(self) -> int:
-        """Rows of the stored weight."""
+        """Rows of the stored weight; the experts of a stack."""
+        if self.stacked:
+            return self.a.shape[0]
         return self.a.shape[1] if self.transposed else self.b.shape[0]
 
     @property
     def columns(self) -> int:
-        """Columns of the stored weight."""
+        """Entries in one row of the stored weight."""
+        if self.stacked:
+            return self.b.shape[1] * self.a.shape[2]
         return self.b.shape[0] if self.transposed else self.a.shape[1]
 
     @property
@@ -171,7 +211,10 @@ class Factors:
             The merged rows in the dtype of `weight`.
         """
         stop = start + weight.shape[0]
-        if self.transposed:
+        if self.stacked:
+            delta = self.b[start:stop] @ self.a[start:stop]
+            delta = (delta.mT if self.transposed else delta) * self.scale
+        elif self.transposed:
             delta = (self.b @ self.a[:, start:stop]).T * self.scale
         else:
             delta = (self.b[start:stop] @ self.a) * self.scale

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, cast
@@ -17,6 +18,8 @@ from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.lora import LoraConfig
 from realign.checkpoint.names import find_embedding, find_head, is_conv1d, is_tied, role_of
 from realign.checkpoint.reader import ADAPTER_CONFIG, Checkpoint
+from realign.checkpoint.spellings import spelled
+from realign.checkpoint.stacks import StackTarget, find_stack
 from realign.errors import CheckpointError, MismatchError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -58,6 +61,8 @@ class LoraTensors:
     embedding: bool
     scale: float
     transposed: bool
+    stack: StackTarget | None = None
+    """Where the factors are those of a stack of experts, of which the tensor may be a part."""
 
 
 class Pairing:
@@ -124,6 +129,8 @@ class Pairing:
 
     def _apply(self, module: str, parts: Mapping[str, TensorInfo]) -> None:
         name = self._resolve(f"{module}.weight") or self._tied_head(module)
+        if name is None and self._apply_stack(module, parts):
+            return
         if name is None:
             raise self._absent(module)
         change = self._change(name)
@@ -158,6 +165,18 @@ class Pairing:
             if parts["lora_B.bias"].shape != self._base.tensors[bias].shape:
                 raise self._misfit(f"{module}.bias", parts["lora_B.bias"], self._base.tensors[bias])
             self._change(bias).added = (parts["lora_B.bias"], lora.scale)
+
+    def _apply_stack(self, module: str, parts: Mapping[str, TensorInfo]) -> bool:
+        """Pair LoRA on a bare parameter; False where the module has none."""
+        a, b = parts.get("lora_A"), parts.get("lora_B")
+        if not self._lora.parameters or a is None or b is None:
+            return False
+        targets = find_stack(self._base, self._lora, module, a, b)
+        for each in targets:
+            scale = self._lora.scale_of(each.parameter)
+            lora = LoraTensors(module, a, b, None, False, scale, each.transposed, stack=each)
+            self._change(each.tensor).loras.append(lora)
+        return bool(targets)
 
     def _oriented(self, lora: LoraTensors, have: TensorInfo) -> LoraTensors:
         """Check the shapes against the rank in the config, and settle how the weight is stored."""
@@ -205,7 +224,18 @@ class Pairing:
             if tail in tensors:
                 return tail
         longer = [each for each in tensors if each.endswith(f".{name}")]
-        return longer[0] if len(longer) == 1 else None
+        if len(longer) == 1:
+            return longer[0]
+        alike = self._by_spelling.get(spelled(name), [])
+        return alike[0] if len(alike) == 1 and not longer else None
+
+    @cached_property
+    def _by_spelling(self) -> Mapping[str, list[str]]:
+        """Files may order the parts of a model's name otherwise than the classes of today."""
+        found: dict[str, list[str]] = {}
+        for each in self._base.tensors:
+            found.setdefault(spelled(each), []).append(each)
+        return found
 
     def _tied_head(self, module: str) -> str | None:
         if module.split(".")[-1] == _HEAD and is_tied(self._base.config, self._base.tensors):

@@ -188,7 +188,7 @@ class _Merge:
             factors = self.merged.factors(name)
             for part in (tensor for each in factors for tensor in (each.a, each.b)):
                 check_input(part, name=name, role="patch", source=self.patch.source)
-            rank = sum(each.b.shape[1] for each in factors)
+            rank = sum(each.b.shape[-1] for each in factors)
             stored, effect = self._add(name, factors)
             check_output(stored, name=name, dtype=str(stored.dtype))
             writer.write(name, stored)
@@ -289,12 +289,20 @@ def _products(
     """Views of a stored tensor, each with the one product that is added to it."""
     if len(factors) == 1:
         (only,) = factors
+        if only.stacked:
+            for e in range(only.rows):
+                yield _expert(e, only.transposed), LowRank(only.b[e], only.a[e]), only.scale
+            return
         yield _upright(only.transposed), LowRank(only.b, only.a), only.scale
         return
     # Both sides of tied embeddings: one sum, so that the matrix is rounded once.
     left = [(each.a.T if each.transposed else each.b) * each.scale for each in factors]
     right = [each.b.T if each.transposed else each.a for each in factors]
     yield _upright(False), LowRank(torch.cat(left, 1), torch.cat(right)), 1.0
+
+
+def _expert(index: int, transposed: bool) -> Callable[[Tensor], Tensor]:
+    return (lambda stored: stored[index].T) if transposed else (lambda stored: stored[index])
 
 
 def _upright(transposed: bool) -> Callable[[Tensor], Tensor]:

@@ -71,7 +71,11 @@ def plain_patch(
         UsageError: linear layers stored both ways round.
     """
     ranks = {module.target: module.rank for module in modules}
-    common = max(ranks.values(), default=1)
+    # peft wrongly warns of patterns for parameters: the most frequent of their ranks needs none.
+    bare = [module.rank for module in modules if by_parameter(module)]
+    common = max(bare or ranks.values(), key=(bare or [*ranks.values()]).count, default=1)
+    plain = {m.target for m in modules if by_parameter(m) and m.rank == common}
+    listed = [key for key in sorted(ranks) if key not in plain]
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -86,8 +90,8 @@ def plain_patch(
         "use_dora": False,
         "fan_in_fan_out": stored_transposed(modules),
         "target_modules": sorted(m.name for m in modules if not by_parameter(m)),
-        "rank_pattern": {key: ranks[key] for key in sorted(ranks)},
-        "alpha_pattern": {key: number(strength * ranks[key]) for key in sorted(ranks)},
+        "rank_pattern": {key: ranks[key] for key in listed},
+        "alpha_pattern": {key: number(strength * ranks[key]) for key in listed},
     }
     parameters = sorted(m.target for m in modules if by_parameter(m))
     if parameters:

@@ -32,6 +32,7 @@ from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reader import Checkpoint, read_json_object
 from realign.checkpoint.reference import parse_reference
 from realign.checkpoint.sidecars import folder_sidecars
+from realign.checkpoint.stacks import owned_parameters
 from realign.checkpoint.writer import OutputFolder, ShardLayout, TensorSpec
 from realign.errors import NotFoundError, UsageError
 from realign.progress import SILENT, Progress
@@ -367,6 +368,7 @@ def _modules(
         if set(pair) != {"A", "B"}:
             continue  # what is missing is said where the factors are used
         a, b = pair["A"], pair["B"]
+        module = _parameter(module, lora, parts)
         rank = lora.rank_of(module)
         layer = _LAYER.search(module)
         modules.append(
@@ -382,6 +384,23 @@ def _modules(
             )
         )
     return tuple(modules)
+
+
+def _parameter(module: str, lora: LoraConfig, parts: Mapping[str, object]) -> str:
+    """The parameter behind a module of the file, where LoRA is on bare parameters.
+
+    Those of one module wrap each other: the one defined first is the innermost "base_layer".
+    """
+    owner = module
+    while owner.endswith(".base_layer"):
+        owner = owner.removesuffix(".base_layer")
+    owned = owned_parameters(lora, owner)
+    owned = tuple(name for name in owned if not name.endswith(".weight"))
+    present = [f"{owner}{'.base_layer' * depth}" for depth in reversed(range(len(owned)))]
+    present = [name for name in present if name in parts]
+    if len(present) != len(owned) or module not in present:
+        return module
+    return owned[present.index(module)]
 
 
 def _method_name(patch: PatchFile) -> str | None:

@@ -271,7 +271,6 @@ def test_an_adapter_for_another_base(saved_model: Saved, tmp_path: Path) -> None
         ({"peft_type": "PREFIX_TUNING"}, "type PREFIX_TUNING"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer replication"),
         ({"alora_invocation_tokens": [1]}, "aLoRA"),
-        ({"target_parameters": ["experts.gate_up_proj"]}, "bare parameters"),
         ({"init_lora_weights": "pissa_niter_4"}, "pissa_niter_4"),
         ({"r": "many"}, "malformed"),
         ({"lora_alpha": None}, "malformed"),
