@@ -197,11 +197,11 @@ def _unusual(path: Path, raw: bytes, entries: Mapping[str, Any]) -> Iterator[Rem
         yield remark("RA009", path, "__metadata__ is null")
     tensors = {name: entry for name, entry in entries.items() if name != "__metadata__"}
     for name, entry in tensors.items():
-        if isinstance(entry, dict) and set(cast(dict[str, Any], entry)) > _FIELDS:
+        if isinstance(entry, dict) and len(cast(dict[str, Any], entry)) > len(_FIELDS):
             yield remark("RA009", path, f"the entry of {name!r} has unknown keys")
         if (
-            len(name.encode("utf-8")) > _LONG_NAME
-            or not name.isprintable()
+            not name.isprintable()
+            or len(name.encode("utf-8")) > _LONG_NAME
             or any(part in name for part in _PATHS)
         ):
             yield remark("RA018", path, f"the tensor name {name[:80]!r} is unusual")
@@ -236,32 +236,33 @@ def _parse_metadata(path: Path, value: Any) -> Mapping[str, str]:
     return cast(dict[str, str], value)
 
 
-def _natural(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST
+def _naturals(value: Any) -> bool:
+    """A list of whole numbers from 0; True is none of them."""
+    return isinstance(value, list) and all(
+        type(n) is int and 0 <= n <= _LARGEST for n in cast(list[Any], value)
+    )
 
 
 def _parse_entry(path: Path, name: str, entry: Any, start: int) -> TensorInfo:
     if not isinstance(entry, dict):
         raise refuse("RA007", path, f"the entry of {name!r} is not an object")
     fields = cast(dict[str, Any], entry)
-    dtype, shape, offsets = (fields.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
     if (
         not isinstance(dtype, str)
-        or not isinstance(shape, list)
-        or not isinstance(offsets, list)
-        or not all(_natural(n) for n in cast(list[Any], shape))
-        or not all(_natural(n) for n in cast(list[Any], offsets))
+        or not _naturals(shape)
+        or not _naturals(offsets)
         or len(cast(list[int], offsets)) != 2
     ):
         raise refuse("RA007", path, f"{name!r} lacks a proper dtype, shape or data_offsets")
-    if set(fields) > _FIELDS and depth(fields) > _DEEPEST:  # some readers give up, some do not
+    if len(fields) > len(_FIELDS) and depth(fields) > _DEEPEST:  # some readers give up, some do not
         raise refuse("RA007", path, f"the entry of {name!r} is nested too deeply")
     bits = DTYPES[dtype].itemsize * 8 if dtype in DTYPES else _LOW_BITS.get(dtype)
     if bits is None:
         raise refuse("RA010", path, f"{name!r} has the unknown type {dtype!r}")
     sizes, (begin, end) = tuple(cast(list[int], shape)), cast(list[int], offsets)
     # An empty tensor may have sides so long that other readers overflow before they meet the zero.
-    if prod(max(n, 1) for n in sizes) * bits > _LARGEST:
+    if prod(filter(None, sizes)) * bits > _LARGEST:
         raise refuse("RA011", path, f"{name!r}: the size of {dtype} {list(sizes)} overflows")
     total = prod(sizes) * bits
     if total % 8:

@@ -30,7 +30,7 @@ def strict_json(path: Path, text: str, *, rule: str, what: str) -> Any:
             text,
             object_pairs_hook=lambda pairs: _no_duplicates(path, pairs),
             parse_constant=_no_number,
-            parse_int=_integer,
+            parse_int=_integer if "-0" in text else None,
             parse_float=_finite,
         )
         if "\\u" in text:  # JSON can spell halves of surrogate pairs, which no file can hold
@@ -60,14 +60,14 @@ def depth(value: Any) -> int:
 
 
 def _no_duplicates(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    seen: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in seen:
-            raise refuse(
-                "RA008", path, f"duplicate key {key!r}: different readers see different tensors"
-            )
-        seen[key] = value
-    return seen
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise refuse(
+            "RA008", path, f"duplicate key {twice!r}: different readers see different tensors"
+        )
+    return found
 
 
 def _no_number(text: str) -> float:

@@ -7,9 +7,7 @@ byte of an input changed, nothing in the folder of the target.
 
 from __future__ import annotations
 
-import ast
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoint_support import raw_safetensors
-from support.cli_support import damaged, model
+from support.cli_support import damaged
 from support.refusal_support import refused, repair, untouched
 
 WEIGHTS = "model.safetensors"
@@ -285,126 +283,3 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(tmp_path: Path) 
     result = repair(tmp_path / "out", folder)
     assert "\x1b" not in result.stderr
     refused(result, "RA007", "new\\nline\\x1b[31m")
-
-
-def test_what_is_only_unusual_is_printed_in_the_plan(tmp_path: Path) -> None:
-    copy = damaged("howto2_p5", tmp_path)
-    _header(lambda header: header[f"{Q}.weight"].update(extra=1), _same)(copy)
-    (copy / "pytorch_model.bin").write_bytes(b"\x80\x02.")
-    result = repair(tmp_path / "out", copy, "--dry-run", "--json")
-    assert result.exit_code == 0, result.stderr
-    notes = result.json["notes"]
-    assert isinstance(notes, list)
-    for rule in ("RA009", "RA027"):
-        assert [note for note in notes if note.startswith(f"{rule}: {copy}")], notes
-
-
-def test_code_beside_the_weights_is_copied_and_never_run(tmp_path: Path) -> None:
-    """`auto_map` names classes in a file that would leave a mark if anything imported it."""
-    mark = tmp_path / "the code was run"
-    poison = f"open({str(mark)!r}, 'w').close()\n"
-    copies: dict[str, Path] = {}
-    for role in ("howto2_p5", "aligned", "base"):
-        copies[role] = damaged(role, tmp_path)
-        for file in ("modeling_poison.py", "configuration_poison.py", "tokenization_poison.py"):
-            (copies[role] / file).write_text(poison)
-        auto_map = {
-            "AutoConfig": "configuration_poison.PoisonConfig",
-            "AutoModelForCausalLM": "modeling_poison.PoisonModel",
-        }
-        _setting(auto_map=auto_map)(copies[role])
-    out = tmp_path / "out"
-    with untouched(*copies.values()):
-        result = repair(out, copies["howto2_p5"], aligned=copies["aligned"], base=copies["base"])
-    assert result.exit_code == 0, result.stderr
-    assert (out / "modeling_poison.py").read_text() == poison
-    assert not mark.exists()
-
-
-def test_nothing_unpickles_and_nothing_trusts_remote_code() -> None:
-    """In the whole source, read as syntax: no import of a pickle reader, no such call or value."""
-    root = Path(__file__).resolve().parents[2]
-    found: list[str] = []
-    for file in [*(root / "realign").rglob("*.py"), *(root / "cli").rglob("*.py")]:
-        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
-            if _is_dangerous(node):
-                found.append(f"{file.relative_to(root)}: {ast.unparse(node)[:80]}")
-    assert found == []
-
-
-PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
-
-
-def _is_dangerous(node: ast.AST) -> bool:
-    match node:
-        case ast.Import(names=names):
-            return any(each.name.partition(".")[0] in PICKLING for each in names)
-        case ast.ImportFrom(module=str(module)):
-            return module.partition(".")[0] in PICKLING
-        case ast.Attribute(value=ast.Name(id="torch" | "numpy" | "np"), attr="load"):
-            return True
-        case ast.keyword(arg="trust_remote_code" | "allow_pickle", value=value):
-            return not (isinstance(value, ast.Constant) and value.value is False)
-        case ast.Dict(keys=keys, values=values):
-            return any(
-                isinstance(key, ast.Constant)
-                and key.value == "trust_remote_code"
-                and not (isinstance(value, ast.Constant) and value.value is False)
-                for key, value in zip(keys, values, strict=True)
-            )
-    return False
-
-
-@pytest.mark.parametrize(
-    "source",
-    ["import pickle", "from joblib import load", "torch.load(f)", "f(trust_remote_code=True)",
-     "f(trust_remote_code=x)", "f(**{'trust_remote_code': True})", "np.load(f)"],
-)  # fmt: skip
-def test_the_search_finds_what_it_looks_for(source: str) -> None:
-    assert any(_is_dangerous(node) for node in ast.walk(ast.parse(source)))
-
-
-# --- what is no fault ----------------------------------------------------------------------------
-
-
-def test_paths_with_blanks_and_letters_of_any_script(tmp_path: Path) -> None:
-    place = tmp_path / "mein Modell 模型 é"
-    copies = {
-        role: Path(shutil.copytree(model(role), place / f"{role} + ü"))
-        for role in ("howto2_p5", "aligned", "base")
-    }
-    out = place / "das Ergebnis 結果"
-    with untouched(*copies.values()):
-        result = repair(out, copies["howto2_p5"], aligned=copies["aligned"], base=copies["base"])
-    assert result.exit_code == 0, result.stderr
-    repair(tmp_path / "plain")
-    assert (out / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
-
-
-def test_a_cache_of_links(tmp_path: Path) -> None:
-    """A folder as the Hub's client lays it out: every file a link to a blob, the folder a link."""
-    copies: dict[str, Path] = {}
-    for role in ("howto2_p5", "aligned", "base"):
-        blobs, snapshot = tmp_path / role / "blobs", tmp_path / role / "snapshots" / "abc"
-        blobs.mkdir(parents=True)
-        snapshot.mkdir(parents=True)
-        for i, file in enumerate(sorted(model(role).iterdir())):
-            shutil.copy(file, blobs / str(i))
-            (snapshot / file.name).symlink_to(Path("../../blobs") / str(i))
-        copies[role] = tmp_path / f"{role} by link"
-        copies[role].symlink_to(snapshot)
-    out = tmp_path / "out"
-    result = repair(out, copies["howto2_p5"], aligned=copies["aligned"], base=copies["base"])
-    assert result.exit_code == 0, result.stderr
-    assert not [path for path in out.rglob("*") if path.is_symlink()]
-    repair(tmp_path / "plain")
-    assert (out / WEIGHTS).read_bytes() == (tmp_path / "plain" / WEIGHTS).read_bytes()
-
-
-def test_a_missing_tokenizer_is_said_and_no_reason_to_stop(tmp_path: Path) -> None:
-    copy = damaged("howto2_p5", tmp_path)
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (copy / name).unlink()
-    result = repair(tmp_path / "out", copy, "--dry-run", "--json")
-    assert result.exit_code == 0, result.stderr
-    assert any("no tokenizer" in str(note) for note in result.json["notes"])  # type: ignore[union-attr]
