@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from realign.report.tables import plain_table
 from realign.report.words import MISSING, ROLES, difference
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
     from realign.audit.prepare import AuditPlan
 
@@ -17,13 +17,13 @@ def audit_plan_tables(plan: AuditPlan) -> tuple[RenderableType, ...]:
     """Return what `realign audit --plan` shows."""
     from rich.text import Text
 
-    models = _table("Models")
+    models = plain_table("Models")
     models.add_column("role")
     models.add_column("checkpoint")
     for role, source in plan.roles.items():
         models.add_row(ROLES[role], Text(source))
 
-    suites = _table(f"Suites ({plan.responses} answers in all)")
+    suites = plain_table(f"Suites ({plan.responses} answers in all)")
     for title in ("suite", "kind", "items", "groups", "judges", "tokens"):
         suites.add_column(
             title, justify="right" if title in ("items", "groups", "tokens") else "left"
@@ -39,7 +39,7 @@ def audit_plan_tables(plan: AuditPlan) -> tuple[RenderableType, ...]:
             str(suite.max_new_tokens),
         )
 
-    power = _table("Smallest drift that would be found 8 times in 10")
+    power = plain_table("Smallest drift that would be found 8 times in 10")
     power.add_column("suite")
     rates = [rate for rate, _ in plan.suites[0].detectable] if plan.suites else []
     for rate in rates:
@@ -47,7 +47,7 @@ def audit_plan_tables(plan: AuditPlan) -> tuple[RenderableType, ...]:
     for suite in plan.suites:
         power.add_row(Text(suite.name), *(difference(effect) for _, effect in suite.detectable))
 
-    needed = _table("Items needed to certify a margin, by churn")
+    needed = plain_table("Items needed to certify a margin, by churn")
     needed.add_column("gate")
     needed.add_column("items now", justify="right")
     churns: list[float] = []
@@ -70,18 +70,3 @@ def audit_plan_tables(plan: AuditPlan) -> tuple[RenderableType, ...]:
     if churns:
         parts += ["", needed]
     return (*parts, *([""] if notes else []), *notes)
-
-
-def _table(title: str) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-    )

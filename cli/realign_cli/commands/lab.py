@@ -193,18 +193,9 @@ def _layers(layers: Mapping[str, Summary]) -> Table:
 def _claims_table(
     title: str, heads: tuple[str, ...], rows: Mapping[str, tuple[Mean | None, ...]]
 ) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from realign.report.tables import plain_table
 
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-    )
+    table = plain_table(title)
     for head in heads:
         table.add_column(head, justify="left" if head == heads[0] else "right")
     for name, values in rows.items():
