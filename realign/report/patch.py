@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
     from realign.repair.patch_inspect import InspectedModule, Inspection
 
-_BAR = 24
+_BAR = 16
+"""Width of the longest bar."""
 
 _MATCH = {
     "yes": "yes: the weights have the recorded hashes",
@@ -84,7 +85,9 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
     share = "" if found.percent is None else f" ({found.percent:.2g} % of the model)"
     modules = len(found.modules)
     inputs = ", ".join(
-        f"{role} {each['source']}" for role, each in origin.get("inputs", {}).items()
+        f"{role} {each['source']}"
+        for role, each in origin.get("inputs", {}).items()
+        if role != "finetuned"
     )
     return [
         ("patch", patch.source),
