@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import cast
 
@@ -9,6 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.cli_support import family_options, model, realign
+
+from realign.checkpoint.manifest import MANIFEST_NAME, sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +38,25 @@ def test_intact_outputs(outputs: Path) -> None:
         document = realign("verify", outputs / name, "--json").json
         assert document["intact"] is True and document["problems"] == []
         assert document["tensors"] == len(load_file(outputs / name / weights))
+
+
+@pytest.mark.parametrize("name", ["out", "patch"])
+def test_a_lost_tensor_is_found_also_where_the_hash_was_brought_up_to_date(
+    outputs: Path, tmp_path: Path, name: str
+) -> None:
+    folder = tmp_path / name
+    shutil.copytree(outputs / name, folder)
+    weights = next(folder.glob("*.safetensors"))
+    tensors = load_file(weights)
+    lost = sorted(tensors)[1]
+    del tensors[lost]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["output"]["files"][weights.name] = sha256_file(weights)
+    (folder / MANIFEST_NAME).write_text(json.dumps(manifest))
+    result = realign("verify", folder)
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"{lost} is missing: the manifest lists this tensor")
 
 
 @pytest.mark.parametrize("name", ["out", "patch"])
