@@ -18,6 +18,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from realign.checkpoint.hashing import StreamHashes
 from realign.checkpoint.headers import DTYPES, FLOATS, TensorInfo
 from realign.checkpoint.names import role_of
 from realign.checkpoint.reader import Checkpoint
@@ -148,6 +149,10 @@ class LayoutView(Checkpoint):
     def close(self) -> None:
         """See `Checkpoint.close`."""
         self.inner.close()
+
+    def watch(self, hashes: StreamHashes) -> None:
+        """See `Checkpoint.watch`."""
+        self.inner.watch(hashes)
 
     def file_hashes(self, progress: Progress = SILENT) -> Mapping[str, str]:
         """See `Checkpoint.file_hashes`."""

@@ -21,6 +21,7 @@ from support.layouts_support import (
 )
 from torch import Tensor
 
+from realign.checkpoint.hashing import StreamHashes
 from realign.checkpoint.layouts import LayoutView, conform, locate, original
 from realign.checkpoint.matching import match, same_weights
 from realign.checkpoint.reader import Checkpoint, FolderCheckpoint, open_checkpoint
@@ -159,6 +160,22 @@ def test_only_the_rows_that_are_asked_for_are_read(
             for row in range(info.shape[0]):
                 view.read(name, (row, row + 1))
             assert sum(watched.sizes) == info.nbytes, name
+
+
+def test_hashes_of_a_view_are_those_of_its_files_and_come_from_what_is_read(
+    opened: dict[str, tuple[Checkpoint, Checkpoint]],
+) -> None:
+    shown, wanted = opened["stack"]
+    expected = dict(open_checkpoint(shown.folder).file_hashes())
+    with open_checkpoint(shown.folder) as inner:
+        view = conform(inner, wanted)
+        hashes = StreamHashes()
+        hashes.expect(inner.weight_files)
+        view.watch(hashes)
+        for name in view.tensors:
+            view.read(name)
+        assert all(hashes.rest(file) == 0 for file in view.weight_files)
+        assert dict(view.file_hashes()) == expected
 
 
 @pytest.mark.parametrize("turned", [False, True])
