@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.checkpoint_support import Notes, llama_tensors, write_model
@@ -223,6 +223,7 @@ def test_a_manifest_that_lists_nothing(tmp_path: Path, listed: object) -> None:
         verify_output(tmp_path)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.floats(width=16), max_size=40),
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32, torch.float64]),

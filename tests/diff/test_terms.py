@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.diff_support import dense, oracle
 from torch import Tensor
@@ -27,6 +27,7 @@ def pairs(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
     return a, b
 
 
+@settings(deadline=None)
 @given(pairs(), st.integers(0, 60))
 def test_terms_are_the_dense_sums_and_add_up_over_any_cut(
     pair: tuple[Tensor, Tensor], cut: int
@@ -46,6 +47,7 @@ def test_terms_are_the_dense_sums_and_add_up_over_any_cut(
     assert whole.changed == parts.changed >= np.count_nonzero(x != y)
 
 
+@settings(deadline=None)
 @given(pairs())
 def test_swapping_and_equality(pair: tuple[Tensor, Tensor]) -> None:
     a, b = pair
