@@ -35,6 +35,7 @@ from realign.subspace.family import (
     FamilyTerms,
     merge_family,
 )
+from realign.subspace.threads import torch_threads
 
 READ_BYTES = 8 * 2**20
 """Bytes of a tensor read at once from each checkpoint."""
@@ -197,7 +198,10 @@ def _some_ahead(
 ) -> Iterator[tuple[tuple[_Chunk, list[_Part]], list[BlockSums]]]:
     """Read and work on a few chunks at once; results come in the order of the chunks."""
     workers = min(MOST_WORKERS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(workers, thread_name_prefix="realign-scan") as pool:
+    with (
+        torch_threads(1),
+        ThreadPoolExecutor(workers, thread_name_prefix="realign-scan") as pool,
+    ):
         waiting: deque[tuple[tuple[_Chunk, list[_Part]], Future[list[BlockSums]]]] = deque()
         try:
             for each in planned:
