@@ -210,7 +210,14 @@ def read_config(folder: Path) -> Mapping[str, Any]:
             f"{folder} is no model folder: it has no config.json",
             "give the folder that holds config.json and the weights",
         )
-    return read_json_object(path)
+    config = read_json_object(path)
+    for part in (config, config.get("text_config")):
+        kind = (
+            cast(Mapping[str, Any], part).get("model_type") if isinstance(part, Mapping) else None
+        )
+        if not isinstance(kind, str | None):
+            raise CheckpointError(f"{path}: model_type is {kind!r}, no name", "restore the file")
+    return config
 
 
 def read_json_object(path: Path) -> Mapping[str, Any]:

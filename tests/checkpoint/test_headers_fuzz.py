@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from support.checkpoint_support import raw_safetensors
 
 from realign.checkpoint.headers import Header, read_header
 from realign.checkpoint.pread import TensorFiles
+from realign.checkpoint.weights import read_tensors
 from realign.errors import HeaderError
 
 
@@ -149,3 +151,33 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path, data: bytes, honest: bool
         assert re.match(r"RA\d{3}: ", error.message) and error.hint
         return
     assert_read_alike(path, header)
+
+
+@settings(
+    deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    index=st.recursive(
+        st.none() | st.integers() | st.sampled_from(["a", "one.safetensors", "../x", "x.bin", ""]),
+        lambda inner: (
+            st.lists(inner, max_size=2)
+            | st.dictionaries(
+                st.sampled_from(["a", "b", "weight_map", "metadata", "total_size"]),
+                inner,
+                max_size=3,
+            )
+        ),
+        max_leaves=8,
+    ),
+    cut=st.integers(0, 3),
+)
+def test_any_index_is_read_or_refused(tmp_path: Path, index: Any, cut: int) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "one.safetensors")
+    text = json.dumps(index)
+    (tmp_path / "model.safetensors.index.json").write_text(text[: len(text) - cut])
+    try:
+        _, tensors, _ = read_tensors(tmp_path)
+    except HeaderError as error:
+        assert re.match(r"RA\d{3}: ", error.message) and error.hint
+    else:
+        assert list(tensors) == ["a"]

@@ -224,6 +224,10 @@ DAMAGES: dict[str, tuple[Damage, tuple[str, ...]]] = {
     "no config": (_config(None), ("config.json",)),
     "empty config": (_config(""), ("config.json", "not valid JSON")),
     "config is a list": (_config("[]"), ("config.json", "JSON object")),
+    "config without a model's name": (
+        _setting(model_type=["llama"]),
+        ("config.json", "model_type"),
+    ),
     "config of bytes": (_config("\0\0"), ("config.json", "not valid JSON")),
     "broken link": (_broken_link, (WEIGHTS, "leads nowhere")),
     "a folder as weights": (_a_folder, (WEIGHTS, "is no file")),
@@ -283,3 +287,37 @@ def test_control_characters_of_a_name_do_not_reach_the_terminal(tmp_path: Path) 
     result = repair(tmp_path / "out", folder)
     assert "\x1b" not in result.stderr
     refused(result, "RA007", "new\\nline\\x1b[31m")
+
+
+ODD: list[Any] = [None, 5, -1.5, "x", [], [1], {}, {"a": []}, True, 1e300]
+SMALL_FILES = {
+    "tokenizer_config.json": b'{"chat_template": 5}',
+    "generation_config.json": b"[",
+    "chat_template.jinja": b"\xff\xfe",
+    "README.md": b"---\n&a [*a]\n---\n",
+    "realign.json": b'{"method": {"name": []}}',
+    INDEX: b"{",
+}
+
+
+def test_no_content_of_small_files_is_a_fault_of_ours(tmp_path: Path) -> None:
+    """Keys of the config with values of another kind; other files with odd content."""
+    copy = damaged("howto2_p5", tmp_path)
+    path = copy / "config.json"
+    config = json.loads(path.read_text())
+    keys = [*config, "text_config", "quantization_config", "quantization", "transformers_weights",
+            "auto_map", "num_experts", "_name_or_path"]  # fmt: skip
+    changed = [{**config, key: ODD[i % len(ODD)]} for i, key in enumerate(keys)]
+    for each in changed:
+        path.write_text(json.dumps(each))
+        _read_or_refused(tmp_path, copy)
+    path.write_text(json.dumps(config))
+    for name, content in SMALL_FILES.items():
+        (copy / name).write_bytes(content)
+        _read_or_refused(tmp_path, copy)
+
+
+def _read_or_refused(tmp_path: Path, copy: Path) -> None:
+    result = repair(tmp_path / "out", copy, "--dry-run")
+    if result.exit_code != 0:
+        refused(result, copy)
