@@ -54,19 +54,10 @@ def measure_subject(
 
 
 def _table(found: FamilyScan) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from realign.report.tables import plain_table
 
-    table = Table(
-        title="The fine-tune against the alignment subspace of its family",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-        caption=found.total_reason,
-    )
+    table = plain_table("The fine-tune against the alignment subspace of its family")
+    table.caption = found.total_reason
     table.add_column("")
     for title in ("distance", "energy", "excess", "retained_k", "directions"):
         table.add_column(title, justify="right")

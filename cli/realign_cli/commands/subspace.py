@@ -187,18 +187,9 @@ def _draw(rows: Sequence[SubspaceRow], file: Path, *, eta: float) -> None:
 
 
 def _table(rows: Sequence[SubspaceRow], *, eta: float) -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from realign.report.tables import plain_table
 
-    table = Table(
-        title="The alignment vector, layer by layer (means over matrices)",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        header_style="dim",
-    )
+    table = plain_table("The alignment vector, layer by layer (means over matrices)")
     for title in (
         "layer",
         "matrices",
