@@ -231,24 +231,25 @@ def _widest(dtypes: set[str]) -> str:
 
 
 def _remarks(other: Checkpoint, recipes: Mapping[str, _Recipe]) -> list[str]:
-    """One line for each way in which the layouts differ."""
+    """One line for names that differ, and one for what is packed differently."""
     lines: list[str] = []
     renamed = [name for name, each in recipes.items() if each.renamed]
     if renamed:
-        source = recipes[renamed[0]].pieces[0][1].tensor
         lines.append(
-            f"{other.source} spells {len(renamed)} tensors differently (first: {renamed[0]} is "
-            f"its {source})"
+            f"{other.source} spells {_tensors(renamed)} differently (first: {renamed[0]} is its "
+            f"{recipes[renamed[0]].pieces[0][1].tensor})"
         )
-    packed: dict[str, list[str]] = {}
-    for name, each in recipes.items():
-        if not each.renamed:
-            packed.setdefault(role_of(each.info).module, []).append(name)
-    for module, names in packed.items():
-        sources = list(dict.fromkeys(s.tensor for _, s in recipes[names[0]].pieces))
+    packed = [name for name, each in recipes.items() if not each.renamed]
+    if packed:
+        modules = dict.fromkeys(role_of(recipes[name].info).module for name in packed)
+        sources = list(dict.fromkeys(s.tensor for _, s in recipes[packed[0]].pieces))
         shown = ", ".join(sources[:3]) + (", ..." if len(sources) > 3 else "")
         lines.append(
-            f"{other.source} packs {module} differently: {len(names)} tensors are read from the "
-            f"matrices of the same meaning (first: {names[0]} from {shown})"
+            f"{other.source} packs {', '.join(modules)} differently: {_tensors(packed)} read from "
+            f"the matrices of the same meaning (first: {packed[0]} from {shown})"
         )
     return lines
+
+
+def _tensors(names: Sequence[str]) -> str:
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}"

@@ -39,11 +39,33 @@ def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def repaired(finetuned: Path, out: Path, cache: Path) -> None:
+    done = repair(
+        RepairRequest(
+            finetuned=finetuned,
+            aligned=FAMILY / "aligned",
+            base=FAMILY / "base",
+            output=out,
+            method="lssf",
+            cache_dir=cache.parent / "cache",
+        )
+    )
+    assert all(row.outcome == "edited" for row in done.rows)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The family repaired in its own layout."""
+    out = tmp_path_factory.mktemp("lssf") / "plain"
+    repaired(FAMILY / "howto", out, out)
+    return out
+
+
 @pytest.mark.parametrize(
     ("respell", "changes"), [(nested, {}), (fused, {"model_type": "phi3"})], ids=["nested", "fused"]
 )
 def test_lssf_across_layouts_is_lssf_in_one(
-    tmp_path: Path, respell: Respell, changes: Mapping[str, str]
+    tmp_path: Path, plain: Path, respell: Respell, changes: Mapping[str, str]
 ) -> None:
     """The aligned model runs in its own layout; what it shows serves the fine-tune's."""
     other = tmp_path / "other"
@@ -52,19 +74,8 @@ def test_lssf_across_layouts_is_lssf_in_one(
     (other / "config.json").write_text(json.dumps(settings | dict(changes)), "utf-8")
     tensors = {n: t.contiguous() for n, t in respell(read_folder(FAMILY / "howto")).items()}
     save_file(tensors, other / "model.safetensors", {"format": "pt"})
-    for finetuned, out in ((FAMILY / "howto", "plain"), (other, "out")):
-        done = repair(
-            RepairRequest(
-                finetuned=finetuned,
-                aligned=FAMILY / "aligned",
-                base=FAMILY / "base",
-                output=tmp_path / out,
-                method="lssf",
-                cache_dir=tmp_path / "cache",
-            )
-        )
-        assert all(row.outcome == "edited" for row in done.rows)
-    expected = respell(read_folder(tmp_path / "plain"))
+    repaired(other, tmp_path / "out", plain)
+    expected = respell(read_folder(plain))
     found = read_folder(tmp_path / "out")
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
