@@ -244,6 +244,8 @@ class _Run:
 
     def kept(self, activation: Tensor, *, flat_is_whole: bool) -> Tensor | None:
         """The kept positions' vectors [N, d]; None where rows are not the batch's positions."""
+        if activation.dim() == 4 and activation.shape[1] == 1:  # one latent head (DeepSeek)
+            activation = activation.squeeze(1)
         if activation.shape[:-1] == self.keep.shape:
             return activation[self.keep]
         if flat_is_whole and activation.shape[:-1] == (self.keep.numel(),):

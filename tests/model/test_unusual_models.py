@@ -9,6 +9,8 @@ import pytest
 import torch
 from support.model_support import TEMPLATE, llama, loaded, word_tokenizer
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
     PreTrainedModel,
@@ -70,9 +72,33 @@ def test_only_equal_lengths_go_together_where_it_does() -> None:
     assert plan_batches((5, 5, 5), batch_size=2, padded=False) == [[0, 1], [2]]
 
 
+def deepseek() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = DeepseekV3Config(
+        vocab_size=48,
+        hidden_size=24,
+        intermediate_size=32,
+        moe_intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        q_lora_rank=8,
+        kv_lora_rank=8,
+        qk_rope_head_dim=4,
+        qk_nope_head_dim=4,
+        v_head_dim=4,
+        n_routed_experts=2,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=1,
+    )
+    return DeepseekV3ForCausalLM(config).eval()
+
+
 @pytest.mark.parametrize(
     ("build", "path"),
     [
+        (deepseek, "model.layers.0.self_attn.kv_b_proj"),  # fed [rows, 1, length, rank]
         (roberta, "roberta.encoder.layer.1.output.dense"),
         (rwkv, "rwkv.blocks.1.feed_forward.value"),
     ],
@@ -85,12 +111,12 @@ def test_moments_in_batches_are_those_taken_one_by_one(build: Any, path: str) ->
     )["x"]
     seen: list[torch.Tensor] = []
     module = dict(model.named_modules())[path]
-    handle = module.register_forward_hook(lambda _, args, __: seen.append(args[0][0].double()))
+    handle = module.register_forward_hook(lambda _, args, __: seen.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         for ids in sequences():
             model(input_ids=torch.tensor([ids]))
     handle.remove()
-    x = torch.cat(seen)
+    x = torch.cat(seen).double()
     assert found.n == len(x)
     torch.testing.assert_close(found.s2, x.T @ x, rtol=1e-4, atol=1e-6)
 
