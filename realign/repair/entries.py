@@ -129,8 +129,7 @@ class EntryWork:
     def _scratch(self, numel: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         if not hasattr(self._own, "buffers"):
             self._own.buffers = torch.empty(4, BLOCK).unbind()
-        buffers: tuple[Tensor, Tensor, Tensor, Tensor] = self._own.buffers
+        w, a, e, r = self._own.buffers
         if numel == BLOCK:
-            return buffers
-        w, a, e, r = (buffer[:numel] for buffer in buffers)
-        return w, a, e, r
+            return w, a, e, r
+        return w[:numel], a[:numel], e[:numel], r[:numel]

@@ -27,7 +27,7 @@ STREAM_BYTES = 2**20
 """Tensors that are copied or edited entry by entry are read in chunks of about this size, which
 stay in the processor's cache on their way from the file through hash and arithmetic to the file."""
 
-STREAM_BUDGET = 32 * 2**20
+STREAM_BUDGET = 24 * 2**20
 """Chunks under way together, read ahead and waiting to be written included."""
 
 MEMORY_LIMIT = 400 * 10**6
@@ -40,7 +40,7 @@ MATRIX_SHARE = 6
 WORKERS = 2
 """Matrices decomposed at once on the processor, where memory allows."""
 
-_LIBRARY_BUFFERS = 20 * 2**20  # measured: threads, the libraries' own buffers, freed memory kept
+_LIBRARY_BUFFERS = 60 * 2**20  # measured: BLAS's buffers, freed memory kept, the final picture
 
 
 @dataclass(frozen=True)
@@ -119,9 +119,9 @@ def block_bytes(
 
 
 def _working_bytes(shape: tuple[int, ...], slot: Slot) -> int:
-    """Beside what is stored: two float32 differences and the edit; the Gram and its vectors."""
+    """Beside what is stored, as measured: two float32 differences; the Gram and its vectors."""
     d_out, d_in = slot_shape(shape, slot)
-    return 12 * d_out * d_in + 16 * min(d_out, d_in) ** 2
+    return 8 * d_out * d_in + 16 * min(d_out, d_in) ** 2
 
 
 def matrix_budget(largest: int, cost: int) -> int:

@@ -8,7 +8,8 @@ the stages themselves (`stream`, `editor`, `realign.checkpoint.writer`) and how 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +24,7 @@ from realign.repair.editor import EditedPiece, Editor, Ledger
 from realign.repair.estimate import STREAM_BUDGET, WORKERS, device_bytes, matrix_budget
 from realign.repair.lanes import device_memory
 from realign.repair.method import Statistics
+from realign.repair.native import blas_threads, return_freed_memory
 from realign.repair.patch import Factors, factor
 from realign.repair.pipeline import Pipeline
 from realign.repair.plan import Plan
@@ -89,7 +91,7 @@ class Flow:
 
         ledger = Ledger(self._editor)
         with (
-            torch_threads(self._blas_threads()),
+            self._threads(),
             self._progress.task("repairing", total=total, unit="B") as task,
             Reader(self._inputs) as reader,
             self._pipeline(cuts, reader, self._editor.edit, write=write) as pipeline,
@@ -122,7 +124,7 @@ class Flow:
         factors: dict[str, Factors] = {}
         total = len(planned_keys(plan))
         with (
-            torch_threads(self._blas_threads()),
+            self._threads(),
             self._progress.task("computing the patch", total=total, unit="matrices") as task,
             Reader(self._inputs) as reader,
             self._pipeline((cut for cut in cuts if cut.edit), reader, self._factored) as pipeline,
@@ -173,11 +175,17 @@ class Flow:
         for spec in shard.tensors:
             yield from cut_tensor(pairs[spec.name], self._plan, self._inputs)
 
-    def _blas_threads(self) -> int:
-        """One where the threads are ours: many small operations only wait for each other's ends."""
+    @contextmanager
+    def _threads(self) -> Generator[None]:
+        """One per operation where the threads are ours: more would wait for each other's ends."""
+        return_freed_memory()
         if self._plan.method.elementwise:
-            return 1
-        return max(1, (os.cpu_count() or 1) // self._lanes)
+            with torch_threads(1):
+                yield
+            return
+        count = max(1, (os.cpu_count() or 1) // self._lanes)
+        with torch_threads(count), blas_threads(count):
+            yield
 
 
 def batch_size(device: torch.device) -> int:

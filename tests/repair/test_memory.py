@@ -36,18 +36,16 @@ print(json.dumps({"before": before, "after": peak(), "estimate": estimate}))
 """
 
 
-@pytest.fixture(scope="module")
-def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("large")
+def _family(folder: Path, *, layers: int, vocabulary: int) -> Path:
     generator = torch.Generator().manual_seed(1)
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": WIDTH}
-    tensors = {"model.embed_tokens.weight": torch.zeros(VOCABULARY, WIDTH, dtype=torch.bfloat16)}
-    for layer in range(LAYERS):
+    tensors = {"model.embed_tokens.weight": torch.zeros(vocabulary, WIDTH, dtype=torch.bfloat16)}
+    for layer in range(layers):
         for name in ("up_proj", "gate_proj"):
             weight = torch.randn(ROWS, WIDTH, generator=generator)
             tensors[f"model.layers.{layer}.mlp.{name}.weight"] = weight.to(torch.bfloat16)
     for role in ("base", "aligned", "finetuned"):
-        (folder / role).mkdir()
+        (folder / role).mkdir(parents=True)
         moved = {name: tensor + 0.1 * len(role) for name, tensor in tensors.items()}
         moved = {name: tensor.to(torch.bfloat16) for name, tensor in moved.items()}
         save_file(moved, folder / role / "model.safetensors", metadata={"format": "pt"})
@@ -55,19 +53,39 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no VmHWM on this system")
-@pytest.mark.parametrize("method", ["wise_ft", "replace"])
-def test_memory_is_bounded_by_chunks_and_one_matrix(family: Path, method: str) -> None:
+@pytest.fixture(scope="module")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _family(tmp_path_factory.mktemp("large"), layers=LAYERS, vocabulary=VOCABULARY)
+
+
+def _measure(folder: Path, method: str) -> dict[str, int]:
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(family), method],
+        [sys.executable, "-c", SCRIPT, str(folder), method],
         capture_output=True,
         text=True,
         check=True,
     )
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no VmHWM on this system")
+@pytest.mark.parametrize("method", ["wise_ft", "replace"])
+def test_memory_is_bounded_by_chunks_and_one_matrix(family: Path, method: str) -> None:
+    found = _measure(family, method)
     model = (family / "base" / "model.safetensors").stat().st_size
     assert model > 145 * 2**20
     grown = found["after"] - found["before"]
     assert grown < 130 * 2**20, f"{grown / 2**20:.0f} MiB for a model of {model / 2**20:.0f} MiB"
     assert found["after"] < 400 * 2**20
     assert 0.75 * found["after"] < found["estimate"] < 1.25 * found["after"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no VmHWM on this system")
+@pytest.mark.parametrize("method", ["resta", "replace"])
+def test_memory_is_flat_in_the_number_of_layers(tmp_path: Path, method: str) -> None:
+    peaks = [
+        _measure(_family(tmp_path / str(layers), layers=layers, vocabulary=1000), method)["after"]
+        for layers in (4, 32)
+    ]
+    more = 28 * 2 * ROWS * WIDTH * 2  # bytes by which each checkpoint is larger
+    assert peaks[1] - peaks[0] < 0.5 * more, peaks
