@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import traceback
+from collections import Counter
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
@@ -45,6 +46,10 @@ class Record:
     methods: list[str] = field(default_factory=list)
     edited: int = 0
     copied: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+    """Why tensors were copied, and how many."""
+    odd: list[str] = field(default_factory=list)
+    """Names (numbers as N) of those that are none of the kinds that a repair knows."""
     refused: int = 0
     """Matrices that the low-rank method was to edit and left alone, with its reasons."""
     matrices: int = 0
@@ -95,7 +100,11 @@ def _repairs(record: Record, trio: Trio, folder: Path, model_type: str) -> None:
         return
     manifest = _check(record, trio, "resta", folder / "resta", model_type, before, None)
     record.edited = len({each["tensor"] for each in manifest["tensors"]})
-    record.copied = len(manifest["copied"])
+    copied: dict[str, str] = manifest["copied"]
+    record.copied = len(copied)
+    record.reasons = dict(sorted(Counter(copied.values()).items()))
+    odd = [name for name, reason in copied.items() if reason.startswith("neither")]
+    record.odd = sorted({re.sub(r"\d+", "N", name) for name in odd})
     record.methods.append("resta")
     outcome = _realign(trio, "lssf", folder / "lssf", cache)
     if not outcome:

@@ -121,11 +121,12 @@ OVERRIDES: Mapping[str, Special] = {
     "zamba2": Special(
         settings={"num_hidden_layers": 4, "n_mamba_heads": 4,
                   "layers_block_type": [_LINEAR, "hybrid", _LINEAR, "hybrid"]},
-        drop=("mamba_headdim", "attention_hidden_size", "attention_head_dim", "kv_channels"),
+        drop=("mamba_headdim", "attention_hidden_size", "attention_head_dim", "kv_channels",
+              "hybrid_layer_ids"),
     ),
     "lfm2_moe": Special(settings={"layer_types": ["conv", _FULL]}),
     # Sizes that must agree with one another.
-    "xlnet": Special(settings={"d_head": 16}),
+    "xlnet": Special(settings={"d_head": 16}, dtype=torch.float32),  # its masks are float32
     "gpt_neo": Special(settings={"attention_types": [[["global", "local"], 1]]},
                        drop=("attention_layers",)),
     "reformer": Special(settings={"attn_layers": ["local", "lsh"], "axial_pos_embds_dim": [16, 48],
@@ -150,6 +151,7 @@ OVERRIDES: Mapping[str, Special] = {
     "musicgen": Special(part="decoder"),
     "musicgen_melody": Special(part="decoder"),
     "emu3": Special(part="text_config"),
+    "mllama": Special(part="text_config"),
     # Draft models: they read the states of a larger model.
     "gemma4_assistant": Special(start=_ASSISTANT),
     "gemma4_unified_assistant": Special(start=_ASSISTANT),

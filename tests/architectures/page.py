@@ -56,7 +56,7 @@ For both methods, all of this holds:
 *Edited* and *copied* count the tensors of the `resta` run, whose scope is everything but routers,
 buffers and what is no weight of a language model's layers. *Matrices* counts the logical matrices
 of the low-rank run (each expert's, each part of a fused projection), *left alone* those for which
-it recorded a reason not to act.
+it recorded a reason not to act; the remarks give the reasons, of copies too.
 """
 
 
@@ -113,7 +113,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         if each["status"] != "repaired":
             lines.append(f"| {each['model_type']} | | | | | | | | not repaired: {each['status']} |")
             continue
-        remarks = "; ".join(dict.fromkeys(_clean(text) for text in each["remarks"]))
+        remarks = "; ".join([*_copied(each), *_remarks(each["remarks"])])
         lines.append(
             f"| {each['model_type']} | {each['class_name']} | {each['dtype']}, {each['files']} "
             f"| {each['edited']} | {each['copied']} | {', '.join(each['methods'])} "
@@ -122,9 +122,37 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def _copied(each: Mapping[str, Any]) -> list[str]:
+    counted = [f"{count} x {reason}" for reason, count in each.get("reasons", {}).items()]
+    return [f"copied: {', '.join(counted)}"] if counted else []
+
+
+def _remarks(texts: Sequence[str]) -> list[str]:
+    """One remark per reason, not one per module."""
+    unmeasured: dict[str, list[str]] = {}
+    others: list[str] = []
+    for text in dict.fromkeys(texts):
+        path, colon, reason = text.removeprefix("not measured: ").partition(": ")
+        if not text.startswith("not measured: "):
+            others.append(_clean(text))
+        elif colon:
+            unmeasured.setdefault(reason, []).append(".".join(path.split(".")[-2:]))
+        else:
+            unmeasured.setdefault(path, [])
+    return [
+        *others,
+        *(
+            f"not measured: {', '.join(names)}{': ' if names else ''}{_clean(reason)}"
+            for reason, names in unmeasured.items()
+        ),
+    ]
+
+
 def _clean(text: str) -> str:
     """Without the run's folders, in one line, harmless in a table."""
     text = re.sub(r"/\S*?/sweep-\w+/", "", text)
     text = re.sub(r"\s+", " ", text).replace("|", "\\|").replace("<", "&lt;")
     text = re.sub(r"exit \d: error: ", "", text)
+    # The hints of our own messages are for the user at the terminal.
+    text = re.split(r" (?:check that|use a method|methods that need|You can install it)\b", text)[0]
     return text[:260] + ("..." if len(text) > 260 else "")
