@@ -229,7 +229,7 @@ def matrix_drift(
         NonFiniteError: a tensor holds NaN or infinity.
     """
     t_oi = difference(subject, reference)
-    terms = distance_terms(reference=reference, subject=subject)
+    terms = _distance_terms(t_oi, reference=reference, subject=subject)
     task_parts = decompose(t_oi) if spectra and terms.task > 0.0 else None
     if task_parts is not None:
         energies = task_parts.energies
@@ -282,8 +282,12 @@ def matrix_drift(
 
 def distance_terms(*, reference: Tensor, subject: Tensor) -> DriftTerms:
     """Return the terms of the relative distance alone, for any shape (norms, biases)."""
-    task = squared_norm(difference(subject, reference))
-    size = squared_norm(reference)
+    t = difference(subject, reference)
+    return _distance_terms(t, reference=reference, subject=subject)
+
+
+def _distance_terms(t: Tensor, *, reference: Tensor, subject: Tensor) -> DriftTerms:
+    task, size = squared_norm(t), squared_norm(reference)
     floor = max(STORAGE_PRECISION.get(x.dtype, 0.0) for x in (reference, subject))
     below = 0.0 < task < floor**2 * size
     return DriftTerms(matrices=1, task=task, reference=size, below_storage_precision=int(below))

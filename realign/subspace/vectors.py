@@ -6,8 +6,15 @@ means (that is the method's or the auditor's business).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+BLOCK = 1 << 16
+"""Entries upcast at once on the CPU."""
+DEVICE_BLOCK = 1 << 24
+"""Entries upcast at once on an accelerator."""
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
@@ -34,16 +41,30 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 def inner(a: Tensor, b: Tensor) -> float:
     """Return the Frobenius inner product <a, b>, accumulated in float64."""
     assert a.shape == b.shape, f"<{tuple(a.shape)}, {tuple(b.shape)}>"
-    return float(torch.dot(_flat64(a), _flat64(b)))
+    one, two = _flat(a), _flat(b)
+    total = torch.zeros((), dtype=torch.float64, device=one.device)
+    for x, y in zip(_blocks(one), _blocks(two), strict=True):
+        total += torch.dot(x, y)
+    return float(total)
 
 
 def squared_norm(a: Tensor) -> float:
     """Return the squared Frobenius norm, accumulated in float64."""
-    flat = _flat64(a)
-    return float(torch.dot(flat, flat))
+    flat = _flat(a)
+    total = torch.zeros((), dtype=torch.float64, device=flat.device)
+    for x in _blocks(flat):
+        total += torch.dot(x, x)
+    return float(total)
 
 
-def _flat64(a: Tensor) -> Tensor:
+def _flat(a: Tensor) -> Tensor:
     if a.device.type == "mps":  # no float64 there
         a = a.cpu()
-    return a.detach().reshape(-1).to(torch.float64)
+    return a.detach().reshape(-1)
+
+
+def _blocks(flat: Tensor) -> Iterator[Tensor]:
+    """Blocks in float64: never the whole, and on the CPU no more than its cache holds."""
+    size = BLOCK if flat.device.type == "cpu" else DEVICE_BLOCK
+    for start in range(0, flat.numel(), size):
+        yield flat[start : start + size].to(torch.float64)
