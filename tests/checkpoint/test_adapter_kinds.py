@@ -49,8 +49,10 @@ def _peft_merge(base: Path, adapter: Path, out: Path) -> dict[str, torch.Tensor]
     return read_folder(out)
 
 
-@pytest.mark.parametrize("arch", ["gpt_oss", "mixtral", "qwen2_moe", "granitemoe"])
-@pytest.mark.parametrize("rank_stabilised", [False, True])
+@pytest.mark.parametrize(
+    ("arch", "rank_stabilised"),
+    [("gpt_oss", False), ("mixtral", True), ("qwen2_moe", False), ("granitemoe", True)],
+)
 def test_lora_on_stacks_of_experts(tmp_path: Path, arch: str, rank_stabilised: bool) -> None:
     base = make_experts(tmp_path, arch)["aligned"]
     parameters = ["experts.gate_up_proj", "experts.down_proj"]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.adapter_support import tune
-from support.cli_support import family_options, model, realign, suite
+from support.cli_support import family_options, model, realign
 from support.hub_server import Hub, Repository, serve
 
 METHOD = ["--method", "replace", "--set", "rank=2", "--device", "cpu"]
@@ -87,16 +87,6 @@ def test_diff_and_subspace_read_adapters(made: Path, tmp_path: Path) -> None:
     assert written.exit_code == 0, written.stderr
     measured = [realign("subspace", made / each, "--measure", file) for each in ("new", "whole")]
     assert [each.exit_code for each in measured] == [0, 0], measured[0].stderr
-
-
-def test_an_audit_runs_adapters(made: Path, tmp_path: Path) -> None:
-    found = realign(
-        "audit", made / "lora", "--reference", model("aligned"), "--repaired", made / "new",
-        "--suite", suite("harmful"), "--limit", "4", "--max-new-tokens", "4", "-o",
-        tmp_path / "audit",
-    )  # fmt: skip
-    assert found.exit_code in (0, 1), found.stderr
-    assert (tmp_path / "audit" / "audit.json").is_file()
 
 
 def test_an_adapter_from_the_hub(
