@@ -54,7 +54,8 @@ def measure_shape(d_out: int, d_in: int, *, repeats: int) -> dict[str, Any]:
     def script() -> None:
         found["script"] = naive.drift(family.base, family.aligned, family.finetuned, k=DEFAULT_SIZE)
 
-    small = min(d_out, d_in) <= 512  # where it takes seconds, a first turn changes nothing
+    spectrum(torch.eye(4))  # libraries are loaded before the first turn
+    small = min(d_out, d_in) <= 512  # where it takes seconds, a turn to warm up changes nothing
     times = in_turns({"script": script, "ours": ours}, repeats=repeats, warm_up=small)
     times |= in_turns(
         {
