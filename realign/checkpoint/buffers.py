@@ -17,11 +17,11 @@ from torch import Tensor
 _LARGEST = 8 * 2**20
 """Larger tensors are rare, and keeping their memory would cost more than it saves."""
 
-_KEPT = 32 * 2**20
+_KEPT = 8 * 2**20
 
 
 class Buffers:
-    """Blocks of a few sizes; at most 32 MiB of them wait to be used again. Any thread may ask."""
+    """Blocks of a few sizes; at most 8 MiB of them wait to be used again. Any thread may ask."""
 
     def __init__(self) -> None:
         self._free: dict[int, deque[Tensor]] = {}

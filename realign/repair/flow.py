@@ -24,7 +24,7 @@ from realign.repair.editor import EditedPiece, Editor, Ledger
 from realign.repair.estimate import STREAM_BUDGET, WORKERS, device_bytes, matrix_budget
 from realign.repair.lanes import device_memory
 from realign.repair.method import Statistics
-from realign.repair.native import blas_threads, return_freed_memory
+from realign.repair.native import blas_threads, return_freed_memory, trim_memory
 from realign.repair.patch import Factors, factor
 from realign.repair.pipeline import Pipeline
 from realign.repair.plan import Plan
@@ -179,13 +179,16 @@ class Flow:
     def _threads(self) -> Generator[None]:
         """One per operation where the threads are ours: more would wait for each other's ends."""
         return_freed_memory()
-        if self._plan.method.elementwise:
-            with torch_threads(1):
+        try:
+            if self._plan.method.elementwise:
+                with torch_threads(1):
+                    yield
+                return
+            count = max(1, (os.cpu_count() or 1) // self._lanes)
+            with torch_threads(count), blas_threads(count):
                 yield
-            return
-        count = max(1, (os.cpu_count() or 1) // self._lanes)
-        with torch_threads(count), blas_threads(count):
-            yield
+        finally:
+            trim_memory()
 
 
 def batch_size(device: torch.device) -> int:

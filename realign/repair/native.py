@@ -47,6 +47,14 @@ def return_freed_memory() -> None:
         return
 
 
+def trim_memory() -> None:
+    """Give back what malloc keeps of freed memory, for what comes after the stream."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError, TypeError):  # pragma: no cover (not glibc)
+        return
+
+
 def _openblas() -> Any | None:
     found = importlib.util.find_spec("scipy")
     if found is None or found.origin is None:  # pragma: no cover (scipy is a dependency)
