@@ -84,11 +84,11 @@ def test_shards_do_not_matter(trio_of: TrioOf, tmp_path: Path, arch: str) -> Non
 def gemma(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A vision-language family whose files and modules have different names; ties its head."""
     folder = tmp_path_factory.mktemp("gemma")
-    text = {
+    text: dict[str, Any] = {
         "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0,
     }  # fmt: skip
-    vision = {
+    vision: dict[str, Any] = {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 2, "image_size": 28, "patch_size": 14,
     }  # fmt: skip
