@@ -35,7 +35,10 @@ and, where `lssf` cannot be calibrated, `delta_svd` in its place, with the reaso
 random model refuses nothing, so the tokenizer of the sweep puts the words of a refusal before
 whatever is decoded: the anchors' answers count as refusals, and `lssf` runs on the same code as on
 a trained model. That says something about the plumbing, and nothing about safety. Prompt tokens
-count too (`tokens=all`), since random models repeat themselves.
+count too (`tokens=all`), since random models repeat themselves; of eight seeds the first is taken
+whose model says something. The command runs in the process of the sweep, without drawing its
+picture. Which part of a stored tensor a logical matrix is, is told by the product's own geometry
+(`realign/checkpoint/slots.py`, tested apart).
 
 ## What "repaired" means
 
