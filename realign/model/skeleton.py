@@ -14,9 +14,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import transformers
-
-from realign.model.quiet import quiet_libraries
 
 _EXPERT = re.compile(r"\.experts\.(\d+)\.")
 
@@ -110,6 +107,10 @@ class Skeleton:
 
 def skeleton_of(config: Mapping[str, Any]) -> Skeleton | None:
     """The skeleton of the class that a config names; None where this installation has none."""
+    import transformers  # not above: every plan of a repair comes past this file
+
+    from realign.model.quiet import quiet_libraries
+
     names: list[str] = list(config.get("architectures") or [])
     kind: Any = getattr(transformers, names[0], None) if names else None
     if kind is None or not hasattr(kind, "config_class"):

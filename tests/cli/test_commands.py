@@ -341,6 +341,16 @@ def test_help_needs_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_the_engine_imports_no_model_library() -> None:
+    code = (
+        "import sys\nimport realign.repair.engine\n"
+        "heavy = {'transformers', 'matplotlib', 'scipy.stats'} & set(sys.modules)\n"
+        "sys.exit(f'imported: {heavy}' if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("name", sorted(PAGES))
 def test_every_help_shows_its_options_and_examples(name: str) -> None:
     result = realign(*name.split(), "--help")
