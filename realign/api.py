@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from realign.audit.schema import Report
     from realign.audit.suites import Suite
     from realign.checkpoint.reader import Checkpoint
-    from realign.diff.compare import Difference
+    from realign.diff.result import Difference
     from realign.repair.engine import RepairResult
     from realign.repair.plan import Plan
 

@@ -9,7 +9,7 @@ spectrum of a difference (`spectra`).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,8 +35,12 @@ class Terms:
     """<A, B>."""
     largest: float = 0.0
     """max |B - A|."""
+    reference_entries: int = 0
+    """Entries with a counterpart in R: the sums below go over these alone."""
     reference: float = 0.0
     """Sum of squares of A - R."""
+    reference_delta: float = 0.0
+    """Sum of squares of B - A."""
     reference_inner: float = 0.0
     """<B - A, A - R>."""
 
@@ -49,7 +53,9 @@ class Terms:
             delta=self.delta + other.delta,
             inner=self.inner + other.inner,
             largest=_largest(self.largest, other.largest),
+            reference_entries=self.reference_entries + other.reference_entries,
             reference=self.reference + other.reference,
+            reference_delta=self.reference_delta + other.reference_delta,
             reference_inner=self.reference_inner + other.reference_inner,
         )
 
@@ -57,6 +63,17 @@ class Terms:
     def finite(self) -> bool:
         """Whether neither side holds NaN or infinity (nor squares beyond float64)."""
         return all(map(math.isfinite, (self.a, self.b, self.delta, self.inner)))
+
+    @property
+    def reference_finite(self) -> bool:
+        """Whether the sums with R are finite."""
+        return math.isfinite(self.reference) and math.isfinite(self.reference_inner)
+
+    def without_reference(self) -> Terms:
+        """The sums of A and B alone."""
+        return replace(
+            self, reference_entries=0, reference=0.0, reference_delta=0.0, reference_inner=0.0
+        )
 
     def figures(self) -> Figures:
         """The figures that people read; None where they are not defined or not finite."""
@@ -73,7 +90,9 @@ class Terms:
             relative=relative,
             cosine=1.0 if same and self.finite else _cosine(self.inner, norm_a, norm_b),
             largest=_plain(self.largest),
-            cosine_reference=_cosine(self.reference_inner, norm_delta, math.sqrt(self.reference)),
+            cosine_reference=_cosine(
+                self.reference_inner, math.sqrt(self.reference_delta), math.sqrt(self.reference)
+            ),
         )
 
 
@@ -93,7 +112,7 @@ class Figures:
     largest: float | None
     """max |B - A|."""
     cosine_reference: float | None
-    """cos(B - A, A - R), where a reference R was given."""
+    """cos(B - A, A - R) over what has a counterpart in a reference R, where one was given."""
 
 
 class Meter:
@@ -116,7 +135,9 @@ class Meter:
         changed = _changed(a, b)
         a, b = _numbers(a), _numbers(b)
         r = None if reference is None else _numbers(reference.reshape(-1))
-        total = Terms(entries=entries, changed=changed)
+        total = Terms(
+            entries=entries, changed=changed, reference_entries=0 if r is None else entries
+        )
         for start in range(0, a.numel(), _BLOCK):
             block = slice(start, start + _BLOCK)
             total += self._block(
@@ -134,19 +155,19 @@ class Meter:
         y = self._b[:n].copy_(b)
         size_b, inner = float(torch.dot(y, y)), float(torch.dot(x, y))
         y.sub_(x)
+        delta = float(torch.dot(y, y))
         low, high = torch.aminmax(y)
-        size_r = inner_r = 0.0
-        if r is not None:
-            z = torch.sub(x, self._r[:n].copy_(r), out=self._r[:n])
-            size_r, inner_r = float(torch.dot(z, z)), float(torch.dot(y, z))
-        return Terms(
-            a=size,
-            b=size_b,
-            delta=float(torch.dot(y, y)),
-            inner=inner,
-            largest=_largest(-float(low), float(high)),
-            reference=size_r,
-            reference_inner=inner_r,
+        found = Terms(
+            a=size, b=size_b, delta=delta, inner=inner, largest=_largest(-float(low), float(high))
+        )
+        if r is None:
+            return found
+        z = torch.sub(x, self._r[:n].copy_(r), out=self._r[:n])
+        return replace(
+            found,
+            reference=float(torch.dot(z, z)),
+            reference_delta=delta,
+            reference_inner=float(torch.dot(y, z)),
         )
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
-from realign.diff.compare import SMALL, Difference, Group, Row
+from realign.diff.compare import SMALL
 from realign.diff.files import FileChange, KeyChange
+from realign.diff.result import Difference, Group, Row
 from realign.report.tables import plain_table
 from realign.report.words import MISSING
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from realign._version import __version__
 from realign.checkpoint.writer import OutputFolder
-from realign.diff.compare import Difference
+from realign.diff.result import Difference
 from realign.report.diff import (
     decimal,
     effective_ranks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from realign.diff.compare import Difference, Row
+from realign.diff.result import Difference, Row
 from realign.diff.terms import Terms
 from realign.report.pictures import FAINT, INK, style
 

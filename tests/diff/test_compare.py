@@ -14,7 +14,7 @@ import torch
 from support.checkpoint_support import LLAMA, Notes, llama_tensors, load_folder, write_model
 from support.diff_support import dense, difference, oracle, stacked
 
-from realign.diff.compare import Difference, Row
+from realign.diff.result import Difference, Row
 from realign.errors import MismatchError, UsageError
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "small"
@@ -310,3 +310,35 @@ def test_progress_counts_the_bytes_of_both(tmp_path: Path) -> None:
     difference(write_model(tmp_path / "a", a), write_model(tmp_path / "b", b), spectra="none",
                progress=notes)  # fmt: skip
     assert notes.done == 2 * sum(tensor.nbytes for tensor in a.values())
+
+
+def test_what_the_reference_lacks_is_in_none_of_its_cosines(tmp_path: Path) -> None:
+    a, b, r = (llama_tensors(seed=seed) for seed in (1, 2, 3))
+    # What R cannot be held against changes most: its norm must not dilute the cosine.
+    for name in (EMBEDDINGS, "lm_head.weight", Q):
+        b[name] = a[name] + 5.0
+    r[EMBEDDINGS], r["lm_head.weight"] = r[EMBEDDINGS][:7], r["lm_head.weight"][:7]
+    r[Q][0, 0] = float("inf")
+    folders = [write_model(tmp_path / key, t) for key, t in (("a", a), ("b", b), ("r", r))]
+    found = difference(*folders[:2], reference=folders[2])
+    shared = [name for name in a if name not in (EMBEDDINGS, "lm_head.weight", Q)]
+
+    def cosine(names: list[str]) -> float:
+        x, y, z = (stacked(each, names) for each in (a, b, r))
+        return float((y - x) @ (x - z) / (np.linalg.norm(y - x) * np.linalg.norm(x - z)))
+
+    groups = [(found.total, shared)]
+    groups += [(g, [n for n in shared if f".layers.{g.key}." in n]) for g in found.layers]
+    groups += [(g, [n for n in shared if n.split(".")[-2] == g.key]) for g in found.modules]
+    for group, names in groups:
+        expected = pytest.approx(cosine(names), rel=1e-12, abs=1e-14) if names else None
+        assert group.figures.cosine_reference == expected, group.key
+    assert_figures(found.total.figures, oracle(stacked(a, list(a)), stacked(b, list(a))))
+    for name in (EMBEDDINGS, "lm_head.weight", Q):
+        figures = row(found, name).figures
+        assert figures is not None and figures.cosine_reference is None
+    assert found.remarks[-2:] == (
+        f"{Q} holds NaN or infinity in the reference: left out of its cosines",
+        "lm_head.weight and 1 more: no counterpart of the same shape in the reference, left out "
+        "of its cosines",
+    )

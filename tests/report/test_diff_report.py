@@ -11,7 +11,7 @@ from rich.console import Console
 from support.checkpoint_support import LLAMA, llama_tensors, write_model
 from support.diff_support import difference
 
-from realign.diff.compare import Difference
+from realign.diff.result import Difference
 from realign.report.diff import diff_tables, headline, percent, ranked, share
 from realign.report.diff_files import render_page
 from realign.report.diff_pictures import change_map, diff_picture, percent_digits

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from realign.checkpoint.reader import open_checkpoint
-from realign.diff.compare import Difference, compare
+from realign.diff.compare import compare
+from realign.diff.result import Difference
 
 Array = NDArray[np.float64]
 
