@@ -47,9 +47,13 @@ def measure_subject(
         }
     )
     sink.show(_table(found), "")
-    for name in found.unmatched:
-        sink.line(f"not measured, it does not match: {name}")
     sink.line(found.line)
+    if found.unmatched:
+        count, more = len(found.unmatched), "" if len(found.unmatched) == 1 else ", ..."
+        sink.note(
+            f"not measured, in one of the models only or of another shape: {count} "
+            f"tensor{'' if count == 1 else 's'} ({found.unmatched[0]}{more}); --json names all"
+        )
     return None
 
 

@@ -23,6 +23,7 @@ from realign.audit.subspace_file import SubspaceFile, SubspaceRow
 from realign.audit.weights import MOST_UNMATCHED, NORM, NOT_VALIDATED
 from realign.checkpoint.headers import FLOATS
 from realign.checkpoint.layouts import conform
+from realign.checkpoint.matching import check_architecture
 from realign.checkpoint.names import TensorRole, classify
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of, stored_rows
@@ -119,10 +120,12 @@ def scan_family(
         progress: counts bytes.
 
     Raises:
-        MismatchError: the reference is not the file's: another commit, or other weights.
+        MismatchError: the reference is not the file's: another commit, or other weights; or the
+            subject is of another architecture or size, or has none of the file's matrices.
         NonFiniteError: a tensor holds NaN or infinity; names it.
     """
     _check_commit(file, reference)
+    check_architecture(subject, "reference", reference)
     subject = conform(subject, reference)
     skipped: list[str] = []
     unmatched: list[str] = []
@@ -135,6 +138,7 @@ def scan_family(
         else:
             compared.append(role)
     unmatched += sorted(set(subject.tensors) - set(reference.tensors))
+    _require_some(file, reference, subject, compared, unmatched)
     rows = _measure(file, reference, subject, compared, progress)
     unknown = [key for key in file.rows if key not in {row.key for row in rows}]
     unmatched += [key for key in unknown if file.rows[key].tensor not in unmatched]
@@ -301,6 +305,27 @@ def _check_commit(file: SubspaceFile, reference: Checkpoint) -> None:
         raise _wrong(
             file, reference, f"it was made from commit {known}, this is commit {reference.commit}"
         )
+
+
+def _require_some(
+    file: SubspaceFile,
+    reference: Checkpoint,
+    subject: Checkpoint,
+    compared: Sequence[TensorRole],
+    unmatched: Sequence[str],
+) -> None:
+    """Without one matrix of the file in both models there is nothing to say."""
+    named = {row.tensor for row in file.rows.values()}
+    if named & {role.name for role in compared}:
+        return
+    if not named & set(reference.tensors):
+        first = next(iter(sorted(named)), "it names none")
+        raise _wrong(file, reference, f"the model has none of its matrices ({first})")
+    raise MismatchError(
+        f"{subject.source} has none of the {len(file.rows)} matrices of {file.path} in the shapes "
+        f"of the reference model {reference.source} (first: {unmatched[0]})",
+        f"give a fine-tune of {file.aligned.address}, or the subspace file of its own family",
+    )
 
 
 def _require_same(

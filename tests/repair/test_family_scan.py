@@ -218,6 +218,47 @@ def test_what_does_not_match_is_listed_and_withholds_the_total(trio_of, tmp_path
     assert rows["embed"] == plain["embed"]
 
 
+@pytest.mark.parametrize(("other", "key"), [("gpt2", "model_type"), ("qwen2", "model_type")])
+def test_another_architecture_is_refused_before_a_tensor_is_read(
+    trio_of, tmp_path: Path, other: str, key: str
+) -> None:
+    trio = trio_of("llama")
+    file = family(trio, tmp_path / "s")
+    with (
+        Counting(trio.aligned) as reference,
+        Counting(trio_of(other).finetuned) as subject,
+        pytest.raises(MismatchError, match=key) as caught,
+    ):
+        scan_family(file, reference=reference, subject=subject)
+    assert subject.source in caught.value.message and reference.source in caught.value.message
+    assert not reference.bytes_read and not subject.bytes_read
+
+
+def test_another_size_is_refused(trio_of, tmp_path: Path) -> None:
+    trio = trio_of("llama")
+    other = edited(trio, tmp_path / "deep", {})
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
+    with pytest.raises(MismatchError, match="num_hidden_layers = 3"):
+        scan(family(trio, tmp_path / "s"), trio.aligned, other)
+
+
+def test_a_subject_or_reference_with_no_matrix_of_the_file_is_refused(
+    trio_of, tmp_path: Path
+) -> None:
+    trio = trio_of("llama")
+    file = family(trio, tmp_path / "s")
+    lost = {row.tensor: None for row in file.rows.values()}
+    other = edited(trio, tmp_path / "other", lost)
+    first = "model.layers.0.mlp.down_proj.weight"
+    with pytest.raises(MismatchError, match="none of the 14 matrices") as caught:
+        scan(file, trio.aligned, other)
+    assert str(other) in caught.value.message and first in caught.value.message
+    with pytest.raises(MismatchError, match="was not made from") as caught:
+        scan(file, other, trio.finetuned)
+    assert first in caught.value.message
+
+
 def test_a_nan_is_named(trio_of, tmp_path: Path) -> None:
     trio = trio_of("llama")
     name = "model.layers.0.self_attn.k_proj.weight"
