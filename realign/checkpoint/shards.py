@@ -10,7 +10,8 @@ import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -102,16 +103,29 @@ def plan_layout(checkpoint: Checkpoint, *, dtype: str | None = None) -> tuple[Sh
 class ShardWriter:
     """Writes one weight file from front to back; nothing is kept but the hash."""
 
-    def __init__(self, path: Path, layout: ShardLayout) -> None:
-        """Create the file and write its header."""
+    def __init__(
+        self,
+        path: Path,
+        layout: ShardLayout,
+        *,
+        guard: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
+        """Create the file and write its header.
+
+        Args:
+            path: a file that does not exist.
+            layout: what it will hold.
+            guard: entered around every change of the file; an exception of it ends the writing.
+        """
         self.facts: dict[str, Any] = {}
         """JSON that the journal keeps with the finished shard, for a run that resumes after it."""
-        self._path, self._layout = path, layout
+        self._path, self._layout, self._guard = path, layout, guard
         self._digest = hashlib.sha256()
         self._size = 0
         self._at, self._done = 0, 0
         # Mode 0666 under the umask, as any program creates a file.
-        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        with guard():
+            self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._put(memoryview(layout.header()))
 
     def write(self, name: str, rows: Tensor) -> None:
@@ -149,7 +163,8 @@ class ShardWriter:
             self._digest.update(chunk)
             while len(chunk):
                 try:
-                    count = os.write(self._handle, chunk)
+                    with self._guard():
+                        count = os.write(self._handle, chunk)
                 except OSError as error:
                     raise disk_error(error, self._path, self._layout.file_size) from error
                 chunk = chunk[count:]

@@ -9,23 +9,24 @@ goes on after them. What happens to the partial folder when a run ends early:
     Ctrl-C, a killed run    finished weight files stay for the next run
     another fingerprint     removed by that run when it starts
 
-Here: the folder. Not here: the bytes of a weight file (`shards`), the manifest (`manifest`).
+Here: what an output consists of, and when it gets its name. Not here: whose the partial folder is
+(`claim`), the journal (`journal`), the bytes of a weight file (`shards`), the manifest
+(`manifest`).
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
-import json
-import os
 import shutil
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
-from realign.checkpoint.manifest import dump_json, sha256_file
+from realign.checkpoint.claim import Claim, check_target, sync_folder
+from realign.checkpoint.journal import Journal
+from realign.checkpoint.manifest import dump_json
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.shards import (
     ShardLayout,
@@ -48,32 +49,7 @@ __all__ = [
     "plan_layout",
 ]
 
-JOURNAL_NAME = "journal.json"
-JOURNAL_SCHEMA = "realign/journal/1"
-
 _SLACK = 4 * 2**20  # directories, sidecars and the manifest
-
-
-def check_target(target: Path, inputs: Sequence[Path] = ()) -> None:
-    """Refuse a target that exists or would change an input.
-
-    Args:
-        target: the folder to be made.
-        inputs: folders that must stay untouched.
-
-    Raises:
-        OutputError: the target exists, is an input, lies inside one or would hold one.
-    """
-    real = target.absolute().resolve()
-    for folder in inputs:
-        there = folder.resolve()
-        if real == there or real.is_relative_to(there):
-            raise OutputError(
-                f"{target} {'is' if real == there else 'lies inside'} the input {folder}",
-                "inputs are never changed: choose a folder outside of them",
-            )
-    if os.path.lexists(target):
-        raise OutputError(f"{target} exists already", "choose another folder, or remove it first")
 
 
 class OutputFolder:
@@ -103,14 +79,16 @@ class OutputFolder:
         """
         self.target = Path(target).expanduser()
         self.layout = tuple(layout)
-        self.partial = self.target.absolute().parent / f".{self.target.name}.realign-partial"
-        """The hidden folder while it is being filled."""
-        self._fingerprint, self._inputs, self._progress = fingerprint, tuple(inputs), progress
-        self._finished: dict[str, dict[str, Any]] = {}
+        self._claim = Claim(self.target)
+        self._journal = Journal(self._claim, fingerprint)
+        self._inputs, self._progress = tuple(inputs), progress
         self._hashes: dict[str, str] = {}
-        self._made: list[Path] = []
-        self._lock = -1
         self._committed = self._keep = False
+
+    @property
+    def partial(self) -> Path:
+        """The hidden folder while it is being filled."""
+        return self._claim.folder
 
     def __enter__(self) -> Self:
         """Check the target, lock the partial folder, take up what is intact in it.
@@ -120,119 +98,18 @@ class OutputFolder:
                 small, or the place is not writable.
         """
         check_target(self.target, self._inputs)
+        self._claim.acquire(needed=self._needed())
         try:
-            self._make_parents()
-            self._acquire()
-        except OSError as error:
-            self._release()
-            self._remove_parents()
-            raise disk_error(error, self.partial, self._needed()) from error
-        except BaseException:
-            self._release()
-            self._remove_parents()
-            raise
-        try:
-            self._take_up()
+            self._journal.take_up(self._progress)
             self._check_space()
         except BaseException as error:
             self.__exit__(type(error), error, None)
             raise
         return self
 
-    def _make_parents(self) -> None:
-        parent = self.partial.parent
-        missing = [each for each in (parent, *parent.parents) if not each.exists()]
-        for folder in reversed(missing):
-            folder.mkdir()
-            self._made.append(folder)
-
-    def _remove_parents(self) -> None:
-        for folder in reversed(self._made):
-            with suppress(OSError):  # somebody else uses it by now
-                folder.rmdir()
-
-    def _acquire(self) -> None:
-        while True:
-            with suppress(FileExistsError):
-                self.partial.mkdir()
-            try:
-                flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW
-                self._lock = os.open(self.partial, flags)
-            except FileNotFoundError:
-                continue  # the other run has just renamed or removed it
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(
-                    f"another run is writing {self.target}",
-                    "wait for it, or choose another folder",
-                ) from None
-            # The folder may have been renamed or removed between opening and locking it.
-            with suppress(FileNotFoundError):
-                if os.fstat(self._lock).st_ino == self.partial.stat().st_ino:
-                    break
-            self._release()
-        check_target(self.target)
-
-    def _release(self) -> None:
-        if self._lock >= 0:
-            os.close(self._lock)
-            self._lock = -1
-
-    def _take_up(self) -> None:
-        journal = self._read_journal()
-        left = [path for path in self.partial.iterdir() if path.name != JOURNAL_NAME]
-        if journal is not None and journal.get("fingerprint") == self._fingerprint:
-            shards = cast(dict[str, dict[str, Any]], journal.get("shards", {}))
-            with self._progress.task(
-                "check finished files", total=sum(e["size"] for e in shards.values()), unit="B"
-            ) as task:
-                for name, entry in shards.items():
-                    if self._is_intact(name, entry):
-                        self._finished[name] = entry
-                    task.advance(entry["size"])
-            if self._finished:
-                self._progress.note(
-                    f"resuming: {len(self._finished)} weight files of an interrupted run are intact"
-                )
-        elif left:
-            self._progress.note(f"discarding what another, interrupted run left in {self.partial}")
-        for path in left:
-            if path.name not in self._finished:
-                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-        self._write_journal()
-
-    def _read_journal(self) -> dict[str, Any] | None:
-        try:
-            value = json.loads((self.partial / JOURNAL_NAME).read_text("utf-8"))
-        except (FileNotFoundError, ValueError):
-            return None
-        if not isinstance(value, dict):
-            return None
-        journal = cast(dict[str, Any], value)
-        return journal if journal.get("schema") == JOURNAL_SCHEMA else None
-
-    def _is_intact(self, name: str, entry: Mapping[str, Any]) -> bool:
-        path = self.partial / name
-        return (
-            path.is_file()
-            and entry["size"] == path.stat().st_size
-            and sha256_file(path) == entry["sha256"]
-        )
-
-    def _write_journal(self) -> None:
-        journal = {
-            "schema": JOURNAL_SCHEMA,
-            "fingerprint": self._fingerprint,
-            "shards": self._finished,
-        }
-        new = self.partial / f"{JOURNAL_NAME}.new"
-        self._write_file(new, dump_json(journal).encode("utf-8"))
-        new.replace(self.partial / JOURNAL_NAME)
-        _sync_folder(self.partial)
-
     def _needed(self) -> int:
-        return sum(each.file_size for each in self.layout if each.filename not in self._finished)
+        finished = self._journal.finished
+        return sum(each.file_size for each in self.layout if each.filename not in finished)
 
     def _check_space(self) -> None:
         needed, free = self._needed() + _SLACK, shutil.disk_usage(self.partial).free
@@ -254,27 +131,27 @@ class OutputFolder:
 
     def is_done(self, layout: ShardLayout) -> bool:
         """Whether this weight file is finished, in this run or by an interrupted one."""
-        entry = self._finished.get(layout.filename)
-        return entry is not None and entry["size"] == layout.file_size
+        return self._journal.is_done(layout)
 
     def finished(self, layout: ShardLayout) -> Mapping[str, Any] | None:
         """What `ShardWriter.facts` held when this file was finished; None: it must be written."""
         if not self.is_done(layout):
             return None
-        return cast(Mapping[str, Any], self._finished[layout.filename]["facts"])
+        return cast(Mapping[str, Any], self._journal.finished[layout.filename]["facts"])
 
     @contextmanager
     def shard(self, layout: ShardLayout) -> Generator[ShardWriter]:
         """Write one weight file; it counts as finished when the context is left without error.
 
         Raises:
-            OutputError: the disk is full or not writable.
+            OutputError: the disk is full or not writable, or the context of the output was left.
         """
         assert not self.is_done(layout), layout.filename
         path = self.partial / layout.filename
-        path.unlink(missing_ok=True)
         try:
-            writer = ShardWriter(path, layout)
+            with self._claim.writing():
+                path.unlink(missing_ok=True)
+                writer = ShardWriter(path, layout, guard=self._claim.writing)
         except OSError as error:
             raise disk_error(error, path, layout.file_size) from error
         try:
@@ -282,8 +159,7 @@ class OutputFolder:
             digest, size = writer.finish()
         finally:
             writer.close()
-        self._finished[layout.filename] = {"sha256": digest, "size": size, "facts": writer.facts}
-        self._write_journal()
+        self._journal.add(layout.filename, sha256=digest, size=size, facts=writer.facts)
 
     def copy_sidecars(self, source: Checkpoint) -> None:
         """Copy the small files of a checkpoint byte for byte (see `sidecars`).
@@ -322,26 +198,14 @@ class OutputFolder:
         """
         path = self.partial / name
         assert path.resolve().is_relative_to(self.partial.resolve()), name
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise disk_error(error, path, len(content)) from error
-        self._write_file(path, content)
+        self._claim.write_file(path, content)
         self._hashes[name] = hashlib.sha256(content).hexdigest()
-
-    def _write_file(self, path: Path, content: bytes) -> None:
-        try:
-            with path.open("wb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise disk_error(error, path, len(content)) from error
 
     @property
     def hashes(self) -> dict[str, str]:
         """SHA-256 of every finished file so far, by relative name: what a manifest lists."""
-        shards = {name: cast(str, entry["sha256"]) for name, entry in self._finished.items()}
+        finished = self._journal.finished
+        shards = {name: cast(str, entry["sha256"]) for name, entry in finished.items()}
         return dict(sorted({**shards, **self._hashes}.items()))
 
     def write_index(self, layout: Sequence[ShardLayout]) -> None:
@@ -371,12 +235,13 @@ class OutputFolder:
             self._keep = True
             raise
         try:
-            (self.partial / JOURNAL_NAME).unlink()
-            for folder in (path for path in self.partial.rglob("*") if path.is_dir()):
-                _sync_folder(folder)
-            _sync_folder(self.partial)
-            self.partial.rename(self.target)
-            _sync_folder(self.partial.parent)
+            with self._claim.writing():
+                self._journal.remove()
+                for folder in (path for path in self.partial.rglob("*") if path.is_dir()):
+                    sync_folder(folder)
+                sync_folder(self.partial)
+                self.partial.rename(self.target)
+                sync_folder(self.partial.parent)
         except OSError as error:
             raise disk_error(error, self.target, self._needed()) from error
         self._committed = True
@@ -394,21 +259,13 @@ class OutputFolder:
                 return
             if isinstance(error, KeyboardInterrupt):
                 self._keep = True
-            if self._keep and self._finished:
+            finished = len(self._journal.finished)
+            if self._keep and finished:
                 self._progress.note(
-                    f"{len(self._finished)} finished weight files are kept in {self.partial}: the "
+                    f"{finished} finished weight files are kept in {self.partial}: the "
                     "same command goes on from there; to give up, remove that folder"
                 )
                 return
-            shutil.rmtree(self.partial, ignore_errors=True)
-            self._remove_parents()
+            self._claim.remove()
         finally:
-            self._release()
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+            self._claim.release()

@@ -11,7 +11,8 @@ the number of threads, so nothing that is written depends on it.
     writing thread      consumes what was handed on     gives the budget back
 
 The first error of any thread ends all of them and is raised in the caller's; no thread reads or
-writes after the context is left. Not here: what is read, computed or written.
+writes after the context is left, be it by Ctrl-C, once or again and again. Not here: what is read,
+computed or written.
 """
 
 from __future__ import annotations
@@ -81,17 +82,23 @@ class Pipeline(Generic[J, T, R, W]):
         self._all_read = self._all_handed = False
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
+        self._files: set[str] = set()  # threads under way that read or write
+        self._idle: set[str] = set()  # threads under way that only compute
 
     def __enter__(self) -> Self:
         """Start the threads."""
-        self._start(self._reading, "realign-read")
-        for number in range(self._workers):
-            self._start(self._working, f"realign-work-{number}")
-        if self._write is not None:
-            self._start(self._writing, "realign-write")
+        try:
+            self._start(self._reading, "realign-read", self._files)
+            for number in range(self._workers):
+                self._start(self._working, f"realign-work-{number}", self._idle)
+            if self._write is not None:
+                self._start(self._writing, "realign-write", self._files)
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
         return self
 
-    def _start(self, stage: Callable[[], None], name: str) -> None:
+    def _start(self, stage: Callable[[], None], name: str, group: set[str]) -> None:
         def run() -> None:
             try:
                 stage()
@@ -99,10 +106,19 @@ class Pipeline(Generic[J, T, R, W]):
                 pass
             except BaseException as error:  # raised again in the caller's thread
                 self._fail(error)
+            finally:
+                with self._state:
+                    group.discard(name)
+                    self._state.notify_all()
 
         thread = threading.Thread(target=run, name=name, daemon=True)
-        thread.start()
         self._threads.append(thread)
+        group.add(name)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left
+            group.discard(name)
+            raise
 
     def __iter__(self) -> Iterator[R]:
         """The results, in the order of the jobs."""
@@ -136,18 +152,33 @@ class Pipeline(Generic[J, T, R, W]):
         trace: TracebackType | None,
     ) -> None:
         """Wait until everything is written; after an error, until nobody reads or writes."""
-        if error is not None:
-            self._fail(_Stopped())
+        interrupt: BaseException | None = None
+        while True:
+            try:
+                if error is not None:
+                    self._fail(_Stopped())
+                self._await_end()
+                break
+            except BaseException as late:  # Ctrl-C: the threads still have to end first
+                error = late
+                interrupt = interrupt or late
+        if interrupt is not None:
+            raise interrupt
+        if self._error is not None and not isinstance(self._error, _Stopped):
+            raise self._error
+
+    def _await_end(self) -> None:
+        """Not by `Thread.join`: one that Ctrl-C interrupts takes the thread for ended (3.11)."""
         with self._state:
             self._all_handed = True
             self._state.notify_all()
-        failed = False
+            self._state.wait_for(lambda: self._error is not None or not self._files | self._idle)
+            self._state.wait_for(lambda: not self._files)
+            self._state.wait_for(lambda: not self._idle, _PATIENCE)
+            left = set(self._idle)
         for thread in self._threads:
-            failed = failed or self._error is not None
-            idle = failed and thread.name.startswith("realign-work")
-            thread.join(_PATIENCE if idle else None)
-        if self._error is not None and not isinstance(self._error, _Stopped):
-            raise self._error
+            if thread.name not in left and thread.ident is not None:
+                thread.join()  # its stage is over
 
     def _reading(self) -> None:
         for job in self._jobs:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.checkpoint_support import Notes, llama_tensors, write_model
 
+from realign.checkpoint.journal import JOURNAL_NAME
 from realign.checkpoint.manifest import MANIFEST_NAME, MANIFEST_SCHEMA, sha256_file, tensor_list
 from realign.checkpoint.reader import open_checkpoint
 from realign.checkpoint.scan import all_finite
 from realign.checkpoint.verification import verify_output, would_be_loaded
-from realign.checkpoint.writer import JOURNAL_NAME, OutputFolder, plan_layout
+from realign.checkpoint.writer import OutputFolder, plan_layout
 from realign.errors import CheckpointError, NotFoundError
 
 FIRST = "model.embed_tokens.weight"
