@@ -17,11 +17,11 @@ from threading import Lock
 from typing import Any, Literal, cast
 
 from realign.checkpoint.headers import Header, TensorInfo, read_header
+from realign.checkpoint.journal import JOURNAL_NAME
 from realign.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256_file
 from realign.checkpoint.scan import scan_weights
 from realign.checkpoint.sidecars import TEMPLATE_FOLDER
 from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE
-from realign.checkpoint.writer import JOURNAL_NAME
 from realign.errors import CheckpointError, HeaderError, NotFoundError
 from realign.progress import SILENT, Progress, Task
 
