@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
-
 from realign.checkpoint.headers import FLOATS, read_header
 from realign.checkpoint.names import role_of
 from realign.checkpoint.pread import TensorFiles
+from realign.checkpoint.scan import all_finite
 from realign.errors import NonFiniteError
 from realign.progress import SILENT, Progress
 
@@ -31,7 +30,7 @@ def check_finite(files: Iterable[Path], *, progress: Progress = SILENT) -> None:
                     if (
                         info.dtype in FLOATS
                         and role_of(info).kind != "buffer"
-                        and not all(_finite(chunk) for chunk in reader.chunks(info))
+                        and not all(all_finite(chunk) for chunk in reader.chunks(info))
                     ):
                         raise NonFiniteError(
                             f"{info.name} in {file} holds NaN or infinity",
@@ -40,11 +39,3 @@ def check_finite(files: Iterable[Path], *, progress: Progress = SILENT) -> None:
                     task.advance(info.nbytes)
         finally:
             reader.close()
-
-
-def _finite(chunk: torch.Tensor) -> bool:
-    """One pass without temporaries: the extremes of what holds a NaN are NaN."""
-    if chunk.numel() == 0:
-        return True
-    low, high = torch.aminmax(chunk)
-    return bool(torch.isfinite(low) & torch.isfinite(high))

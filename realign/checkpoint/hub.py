@@ -22,14 +22,14 @@ from typing import Any, cast
 from realign.checkpoint.formats import no_weights, refuse_quantised_config, what_a_file_is
 from realign.checkpoint.reference import Reference
 from realign.checkpoint.rules import refuse
-from realign.checkpoint.sidecars import TEMPLATE_FOLDER, travels
+from realign.checkpoint.sidecars import TEMPLATE_FOLDER, is_tokenizer, travels
 from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE, read_index
 from realign.errors import CheckpointError, NotFoundError
 from realign.progress import SILENT, Progress, Task
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"(?!consolidated|adapter_model)[^/]+\.safetensors")
-_SMALL = frozenset((".json", ".jinja", ".model", ".txt", ".py", ".md", ".tiktoken", ""))
+_SMALL = frozenset((".json", ".jinja", ".txt", ".py", ".md", ""))
 _DISK = frozenset(
     (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 )
@@ -249,7 +249,8 @@ def wanted_files(names: Iterable[str], subfolder: str | None = None) -> Wanted:
 
 def _is_small(path: PurePosixPath) -> bool:
     in_place = len(path.parts) == 1 or path.parts[0] == TEMPLATE_FOLDER
-    return in_place and travels(path.name) and path.suffix.lower() in _SMALL
+    small = path.suffix.lower() in _SMALL or is_tokenizer(path.name)
+    return in_place and travels(path.name) and small
 
 
 def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:

@@ -8,6 +8,7 @@ our own manifest.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -17,50 +18,32 @@ MANIFEST_NAME = "realign.json"
 TEMPLATE_FOLDER = "additional_chat_templates"
 
 _FOLDERS = (TEMPLATE_FOLDER, "custom_generate")
-_NEVER_SUFFIXES = frozenset(
-    [
-        ".safetensors",
-        ".bin",
-        ".pt",
-        ".pth",
-        ".ckpt",
-        ".pkl",
-        ".pickle",
-        ".joblib",
-        ".npy",
-        ".npz",
-        ".gguf",
-        ".ggml",
-        ".h5",
-        ".msgpack",
-        ".onnx",
-        ".onnx_data",
-        ".ot",
-        ".pb",
-        ".tflite",
-        ".mlmodel",
-        ".nemo",
-        ".llamafile",
-        ".tar",
-        ".gz",
-        ".tgz",
-        ".zip",
-        ".7z",
-        ".sig",
-        ".lock",
-        ".incomplete",
-    ]
+WEIGHT_SUFFIXES = frozenset(
+    (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npz", ".gguf", ".ggml",
+     ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".pb", ".tflite", ".mlmodel", ".nemo",
+     ".llamafile")
+)  # fmt: skip
+"""Of weights in any format."""
+_NEVER_SUFFIXES = WEIGHT_SUFFIXES | frozenset(
+    (".joblib", ".npy", ".tar", ".gz", ".tgz", ".zip", ".7z", ".sig", ".lock", ".incomplete")
 )
 _NEVER_NAMES = frozenset(
     (MANIFEST_NAME, "adapter_config.json", "trainer_state.json", "all_results.json",
      "train_results.json", "eval_results.json", "quantize_config.json", "audit.json", "items.jsonl",
      "report.html")
 )  # fmt: skip
-_VOCABULARY = frozenset(
-    ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
-     "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model",
-     "sentencepiece.bpe.model")
-)  # fmt: skip
+_TOKENIZER = re.compile(
+    r"(special_tokens_map|added_tokens|byte_maps|normalizer|word_shape|word_pronunciation)\.json"
+    r"|tokenizer.*\.json|tekken.*|merges\.txt|dict\.txt"
+    r"|(.*[-_.])?vocab([-_.].*)?\.(json|txt)|.*\.(model|vocab|tiktoken|spm|bpe|codes|tokenizer)"
+    r"|.*\.model\.v\d+.*"
+)
+_QUIET_FOLDERS = frozenset((".git", ".cache", ".eval_results", "realign-audit"))
+# What loaders take up by its name alone, beside weights and tokenizers.
+_SETTINGS = re.compile(
+    r"(.*_)?config(_.*)?\.json|.*\.index\.json|configuration\.json|params\.json|modules\.json"
+    r"|chat_template\..*|.*\.py"
+)
 
 
 def folder_sidecars(folder: Path) -> dict[str, Path]:
@@ -85,13 +68,37 @@ def travels(name: str) -> bool:
     )
 
 
+def is_tokenizer(name: str) -> bool:
+    """Whether a file of this name (without folders) holds a tokenizer's vocabulary or settings."""
+    return _TOKENIZER.fullmatch(name) is not None
+
+
 def has_vocabulary(names: Iterable[str]) -> bool:
-    """Whether one of these files holds a tokenizer's vocabulary."""
+    """Whether one of these files holds a tokenizer's vocabulary, or is its code."""
     return any(
-        (name in _VOCABULARY and not name.endswith("_config.json"))
-        or name.endswith((".model", ".tiktoken", ".spm", ".vocab"))
-        or name.startswith(("tekken", "tokenization_"))
+        (is_tokenizer(name) and not name.endswith("_config.json"))
+        or name.startswith("tokenization_")
         for name in names
+    )
+
+
+def is_quiet(name: str) -> bool:
+    """Whether this relative name lies in a folder where no loader looks."""
+    return name.split("/")[0] in _QUIET_FOLDERS
+
+
+def would_be_loaded(name: str) -> bool:
+    """Whether some loader takes up a file of this relative name without being told to."""
+    *folders, last = name.split("/")
+    if is_quiet(name):
+        return False
+    if folders and folders[0] in _FOLDERS:
+        return True
+    last = last.lower()  # a file system may not tell one case from the other
+    return (
+        Path(last).suffix in WEIGHT_SUFFIXES
+        or is_tokenizer(last)
+        or _SETTINGS.fullmatch(last) is not None
     )
 
 
@@ -105,8 +112,8 @@ def adapter_sidecars(base: Mapping[str, Path | bytes], folder: Path) -> dict[str
     found = dict(base)
     # The base's card does not describe the fine-tune.
     found.pop("README.md", None)
-    if any(name in _VOCABULARY for name in own):
-        for name in [name for name in found if name in _VOCABULARY]:
+    if any(is_tokenizer(name) for name in own):
+        for name in [name for name in found if is_tokenizer(name)]:
             del found[name]
     if _has_template(own, folder):
         for name in [name for name in found if _is_template(name)]:
@@ -115,7 +122,7 @@ def adapter_sidecars(base: Mapping[str, Path | bytes], folder: Path) -> dict[str
         {
             name: path
             for name, path in own.items()
-            if name in _VOCABULARY
+            if is_tokenizer(name)
             or _is_template(name)
             or name.startswith(("README", "LICENSE", "NOTICE", "USE_POLICY"))
         }

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from realign.checkpoint.headers import Header, TensorInfo, read_header
 from realign.checkpoint.journal import JOURNAL_NAME
 from realign.checkpoint.manifest import MANIFEST_NAME, read_manifest, sha256_file
 from realign.checkpoint.scan import scan_weights
-from realign.checkpoint.sidecars import TEMPLATE_FOLDER
+from realign.checkpoint.sidecars import is_quiet, would_be_loaded
 from realign.checkpoint.weights import INDEX_FILE, SINGLE_FILE
 from realign.errors import CheckpointError, HeaderError, NotFoundError
 from realign.progress import SILENT, Progress, Task
@@ -30,14 +29,6 @@ VERIFY_SCHEMA = "realign/verify/1"
 _MOST_FILES = 4
 _COPY_AGAIN = "copy the file from where it was intact, or repair again"
 _NOT_FINITE = "do not use this output: repair again, and report it if it comes back"
-# What some loader picks up by its name alone, in a folder that lists no such file.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
-_SETTINGS = re.compile(
-    r"(.*_)?config\.json|.*\.index\.json|tokenizer\.(json|model)|special_tokens_map\.json"
-    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt|spiece\.model|sentencepiece\.bpe\.model"
-    r"|chat_template\.(json|jinja)|.*\.py"
-)
-_QUIET_FOLDERS = frozenset((".git", ".cache", ".eval_results", "realign-audit"))
 
 
 @dataclass(frozen=True)
@@ -115,11 +106,7 @@ def verify_output(folder: Path, progress: Progress = SILENT) -> VerifyReport:
         files = _check_files(expected, present, task)
     headers = {name: file.header for name, file in files.items() if file.header is not None}
     problems = [problem for file in files.values() for problem in file.problems]
-    problems += [
-        Problem(name, "was added since", "remove it: a loader may take it up")
-        for name in sorted(set(present) - set(expected) - {MANIFEST_NAME})
-        if would_be_loaded(name)
-    ]
+    problems += _additions(folder, set(present) - set(expected) - {MANIFEST_NAME})
     found = {
         name: info
         for _, header in sorted(headers.items())
@@ -135,16 +122,6 @@ def verify_output(folder: Path, progress: Progress = SILENT) -> VerifyReport:
         nbytes=nbytes,
         problems=tuple(problems),
     )
-
-
-def would_be_loaded(name: str) -> bool:
-    """Whether some loader takes up a file of this relative name without being told to."""
-    *folders, last = name.split("/")
-    if folders and folders[0] in _QUIET_FOLDERS:
-        return False
-    if folders and folders[0] == TEMPLATE_FOLDER:
-        return True
-    return Path(last).suffix.lower() in _WEIGHTS or _SETTINGS.fullmatch(last) is not None
 
 
 def _require_manifest(folder: Path) -> Mapping[str, Any]:
@@ -175,6 +152,20 @@ def _require_manifest(folder: Path) -> Mapping[str, Any]:
 
 def _files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _additions(folder: Path, added: Collection[str]) -> Iterator[Problem]:
+    """What a loader would take up though no repair wrote it."""
+    for name in sorted(added):
+        if would_be_loaded(name):
+            yield Problem(name, "was added since", "remove it: a loader may take it up")
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        # A loader follows the link; what lies behind it can be anything, and change at any time.
+        if path.is_symlink() and path.is_dir() and not is_quiet(name):
+            yield Problem(
+                name, "is a link to a folder, which realign never writes", "remove the link"
+            )
 
 
 @dataclass(frozen=True)

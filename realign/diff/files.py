@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.sidecars import is_tokenizer
 
 FileStatus = Literal["changed", "only_a", "only_b"]
 
-_COMPARED = (".json", ".jinja", ".model", ".txt", ".tiktoken", ".py")
+_COMPARED = (".json", ".jinja", ".txt", ".py")
 _PROSE = ("README", "LICENSE", "NOTICE", "USE_POLICY")
 _MOST_KEYS = 12
 """Of one object that differs in more keys, as vocabularies do, the number is told."""
@@ -80,7 +81,7 @@ def _small_files(checkpoint: Checkpoint) -> dict[str, bytes]:
     return {
         name: content if isinstance(content, bytes) else content.read_bytes()
         for name, content in checkpoint.sidecars().items()
-        if Path(name).suffix in _COMPARED and not name.startswith(_PROSE)
+        if (Path(name).suffix in _COMPARED or is_tokenizer(name)) and not name.startswith(_PROSE)
     }
 
 

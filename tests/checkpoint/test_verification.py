@@ -17,7 +17,7 @@ from realign.checkpoint.journal import JOURNAL_NAME
 from realign.checkpoint.manifest import MANIFEST_NAME, MANIFEST_SCHEMA, sha256_file, tensor_list
 from realign.checkpoint.reader import open_checkpoint
 from realign.checkpoint.scan import all_finite
-from realign.checkpoint.verification import verify_output, would_be_loaded
+from realign.checkpoint.verification import verify_output
 from realign.checkpoint.writer import OutputFolder, plan_layout
 from realign.errors import CheckpointError, NotFoundError
 
@@ -155,33 +155,6 @@ def test_one_flipped_bit_anywhere_is_found(output: Path) -> None:
         assert any(problem.startswith(path.name) for problem in problems(output)), at
     path.write_bytes(good)
     assert problems(output) == []
-
-
-@pytest.mark.parametrize(
-    ("name", "loaded"),
-    [
-        ("model-00003-of-00003.safetensors", True),
-        ("original/consolidated.00.pth", True),
-        ("pytorch_model.bin", True),
-        ("model.Q4_K_M.gguf", True),
-        ("adapter_config.json", True),
-        ("generation_config.json", True),
-        ("model.safetensors.index.json", True),
-        ("chat_template.jinja", True),
-        ("additional_chat_templates/tool.jinja", True),
-        ("custom_generate/generate.py", True),
-        ("special_tokens_map.json", True),
-        ("README.md", False),
-        ("audit.json", False),
-        ("report.html", False),
-        (".git/config.json", False),
-        ("realign-audit/config.json", False),
-        ("pictures/rates.png", False),
-        ("model.sig", False),
-    ],
-)
-def test_what_a_loader_would_take_up(name: str, loaded: bool) -> None:
-    assert would_be_loaded(name) is loaded
 
 
 def test_a_manifest_of_an_earlier_version_lists_no_tensors(output: Path) -> None:

@@ -24,7 +24,8 @@ checks
 - that every floating-point number is finite (buffers may hold infinity: stored masks do);
 - that the index leads to every tensor where it is;
 - that nothing was added which a loader takes up by its name: weights in any format, configs,
-  tokenizer files, chat templates, code. A model card, an audit report or a picture may be added.
+  tokenizer files, chat templates, code, links to folders. A model card, an audit report or a
+  picture may be added.
 
 It works on repaired checkpoints and on LoRA patches (`realign repair --patch`). The manifest itself
 is trusted: who can rewrite it can rewrite the hashes in it, so compare it with a copy of your own
