@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +169,36 @@ def test_an_interrupted_run_is_resumed_with_the_same_bytes(
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")
     assert len(result.rows) == (14 if method == "replace" else 20)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+class _LateInterrupt(_Interrupt):
+    """Ctrl-C in the caller's thread while the writer is at work, on a slow disk."""
+
+    def advance(self, amount: float = 1.0) -> None:
+        self.left -= amount
+        main = threading.main_thread().ident
+        assert main is not None and threading.get_ident() != main
+        if self.left < 0 <= self.left + amount:
+            time.sleep(0.1)  # the caller waits for the writer by now
+            signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.1)
+
+
+@pytest.mark.parametrize("method", ["replace", "resta"])
+def test_ctrl_c_while_the_writer_is_at_work(trio_of, tmp_path: Path, method: str) -> None:
+    trio = trio_of("llama", torch.bfloat16, "20KB")
+    repair(_request(trio, tmp_path / "whole", method=method))
+    stop = _LateInterrupt(after=22_000)
+    with pytest.raises(KeyboardInterrupt):
+        repair(_request(trio, tmp_path / "out", method=method), progress=stop)
+    threads = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in threads if name in ("realign-read", "realign-write")]
+    partial = tmp_path / ".out.realign-partial"
+    left, files = stop.left, folder_bytes(partial)
+    result = repair(_request(trio, tmp_path / "out", method=method))  # at once: nobody interferes
+    assert stop.left == left and {"journal.json"} < set(files)
+    assert folder_bytes(result.output) == folder_bytes(tmp_path / "whole")
+    assert not partial.exists()
 
 
 def test_another_repair_does_not_take_up_what_is_left(trio_of, tmp_path: Path) -> None:

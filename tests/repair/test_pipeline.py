@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import signal
 import threading
 import time
 from collections.abc import Iterator
@@ -138,3 +139,45 @@ def test_several_are_worked_on_at_once() -> None:
         range(6), read=lambda job: job, work=work, cost=lambda _: 1, budget=4, workers=2
     ) as pipeline:
         assert list(pipeline) == list(range(6))
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_ctrl_c_while_the_writer_is_awaited(times: int) -> None:
+    """All is handed on and the caller waits: it goes when the write under way is over, not before.
+
+    However often Ctrl-C is pressed meanwhile.
+    """
+    before = threading.active_count()
+    main = threading.main_thread().ident
+    assert main is not None
+    leaving = threading.Event()
+    written: list[int] = []
+
+    def write(values: Iterator[int]) -> None:
+        for job in values:
+            leaving.wait()
+            if not written:
+                for _ in range(times):
+                    time.sleep(0.05)
+                    signal.pthread_kill(main, signal.SIGINT)
+            time.sleep(0.05)
+            written.append(job)
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        Pipeline(
+            range(8),
+            read=lambda job: job,
+            work=lambda job: job,
+            cost=lambda _: 1,
+            budget=100,
+            write=write,
+        ) as pipeline,
+    ):
+        for job in pipeline:
+            pipeline.hand(job)
+        leaving.set()
+    assert written == [0]
+    assert threading.active_count() == before
+    time.sleep(0.1)
+    assert written == [0]
