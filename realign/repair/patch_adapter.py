@@ -58,7 +58,8 @@ def check_extendable(adapter: AdapterCheckpoint) -> None:
         raise UsageError(
             f"{adapter.source} has LoRA on bare parameters (target_parameters): the repair cannot "
             "be written into it",
-            f"{INSTEAD}: the result is merged",
+            f"{INSTEAD}: the result is merged; or merge the adapter with peft first and write a "
+            "patch over the merged model",
         )
 
 

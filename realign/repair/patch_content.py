@@ -50,16 +50,29 @@ class Patch:
     @property
     def record(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        ranks = self.edit_ranks.values()
         return {
             "extends_adapter": self.extends_adapter,
-            "modules": len(ranks),
-            "rank": {"min": min(ranks), "mean": sum(ranks) / len(ranks), "max": max(ranks)},
+            "modules": len(self.edit_ranks),
+            **rank_facts(self.ranks, self.edit_ranks),
             "edit_ranks": dict(self.edit_ranks),
             "nbytes": self.nbytes,
             "model_bytes": self.model_bytes,
             "error": self.error,
         }
+
+
+def rank_facts(ranks: Mapping[str, int], edit_ranks: Mapping[str, int]) -> dict[str, Any]:
+    """Ranks of the modules with an edit: in the file, and the fine-tune's and the repair's parts.
+
+    Modules that were trained whole hold their edit without factors, and count as the edit's rank.
+    """
+    edits = [rank for rank in edit_ranks.values() if rank]
+    whole = [ranks.get(name, rank) for name, rank in edit_ranks.items() if rank]
+    own = [total - edit for total, edit in zip(whole, edits, strict=True)]
+    return {
+        key: {"min": min(some), "mean": sum(some) / len(some), "max": max(some)} if some else None
+        for key, some in (("rank", whole), ("own_rank", own), ("edit_rank", edits))
+    }
 
 
 def plain_patch(

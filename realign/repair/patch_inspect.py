@@ -6,16 +6,19 @@ looking at a patch must not start a download. Nothing is written.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from realign.checkpoint.manifest import sha256_file
+from realign.checkpoint.pread import TensorFiles
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.errors import RealignError
 from realign.progress import SILENT, Progress
-from realign.repair.patch_file import PatchFile, PatchModule, module_norms, open_patch
+from realign.repair.patch_content import rank_facts
+from realign.repair.patch_file import PatchFile, PatchModule, open_patch
 
 Match = Literal["yes", "no", "not recorded", "not here"]
 
@@ -68,6 +71,15 @@ class Inspection:
         return max((each.error for each in self.modules), default=0.0)
 
     @property
+    def ranks(self) -> dict[str, Any]:
+        """Ranks of the edited modules in the file, and the fine-tune's and the repair's parts."""
+        modules = [each.module for each in self.modules]
+        return rank_facts(
+            {each.module: each.rank for each in modules},
+            {each.module: each.edit_rank for each in modules},
+        )
+
+    @property
     def origin(self) -> Mapping[str, Any]:
         """Source repair: method, settings, safety vector; empty for other adapters."""
         manifest = self.patch.manifest or {}
@@ -105,6 +117,7 @@ class Inspection:
             "percent_of_model": self.percent,
             "exact": self.error == 0.0,
             "error": self.error,
+            **self.ranks,
             "modules": [each.to_json() for each in self.modules],
             "trained": list(patch.trained),
         }
@@ -136,6 +149,34 @@ def inspect_patch(
             if found != "not recorded":
                 found = "yes" if patch.belongs_to(model, progress) == "yes" else "no"
     return Inspection(patch, modules, found, nbytes, sha256_file(patch.weights))
+
+
+def module_norms(patch: PatchFile, progress: Progress = SILENT) -> dict[str, float]:
+    """norm(s B A) by module, Frobenius, from the small Gram matrices of the factors.
+
+    norm(B A)^2 = <B^T B, A A^T>: exact in float64 up to rounding, and never [d_out, d_in].
+    """
+    files = TensorFiles()
+    norms: dict[str, float] = {}
+    try:
+        with progress.task("norms", total=len(patch.modules), unit="modules") as task:
+            for each in patch.modules:
+                a, b = files.read(each.a).double(), files.read(each.b).double()
+                rank = each.rank
+                if a.shape[0] == rank:
+                    square = float(((b.T @ b) * (a @ a.T)).sum())
+                else:  # a stack of experts: A expert by expert, B rank by rank
+                    square = 0.0
+                    experts = a.shape[0] // rank
+                    bs = b.reshape(b.shape[0], rank, experts)
+                    for e in range(experts):
+                        ae, be = a[e * rank : (e + 1) * rank], bs[:, :, e]
+                        square += float(((be.T @ be) * (ae @ ae.T)).sum())
+                norms[each.module] = abs(each.scale) * math.sqrt(max(square, 0.0))
+                task.advance()
+    finally:
+        files.close()
+    return norms
 
 
 def _open_model(patch: PatchFile) -> Checkpoint | None:

@@ -42,12 +42,28 @@ def patch_facts(manifest: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def patch_summary(facts: Mapping[str, Any]) -> str:
     """Return one line about a patch that was just written, from its facts."""
-    low, high = facts["rank"]["min"], facts["rank"]["max"]
-    ranks = f"rank {low}" if low == high else f"ranks {low} to {high}"
     kind = "adapter with the repair in it" if facts["extends_adapter"] else "patch"
     share = "" if facts["percent"] is None else f" ({facts['percent']:.2g} % of the checkpoint)"
     error = "exact" if facts["exact"] else f"truncated, largest relative error {facts['error']:.3g}"
-    return f"{kind}: {ranks} in {facts['modules']} modules, {size(facts['nbytes'])}{share}, {error}"
+    where = f"in {facts['modules']} modules, {size(facts['nbytes'])}{share}"
+    return f"{kind}: {ranks_text(facts)} {where}, {error}"
+
+
+def ranks_text(facts: Mapping[str, Any]) -> str:
+    """Return the ranks in words, with both parts where the file holds a fine-tune's own, too."""
+    rank: Mapping[str, Any] | None = facts["rank"]
+    if rank is None:
+        return "rank 0"
+    text = f"rank{'' if rank['min'] == rank['max'] else 's'} {_span(rank)}"
+    if facts["own_rank"]["max"] == 0:
+        return text
+    own, edit = _span(facts["own_rank"]), _span(facts["edit_rank"])
+    return f"{text} ({own} of the fine-tune, {edit} of the repair)"
+
+
+def _span(found: Mapping[str, Any]) -> str:
+    low, high = found["min"], found["max"]
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
@@ -56,15 +72,14 @@ def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
 
     lines = [Text.assemble((f"{name:17}", "dim"), value) for name, value in _facts(found) if value]
     table = plain_table("Layer by layer")
-    for title in ("layer", "modules", "rank", "", "norm", "error", "size"):
+    repaired = found.patch.extends_adapter
+    part = "repair's" if repaired else ""  # a bar, where there is room for it
+    for title in ("layer", "modules", "rank", part, "norm", "error", "size"):
         table.add_column(title, justify="left" if title in ("", "modules") else "right")
     layers: dict[int | None, list[InspectedModule]] = {}
     for each in found.modules:
         layers.setdefault(each.module.layer, []).append(each)
-    ranks = {
-        layer: fmean(m.module.edit_rank or m.module.rank for m in members)
-        for layer, members in layers.items()
-    }
+    ranks = {layer: fmean(m.module.rank for m in members) for layer, members in layers.items()}
     highest = max(ranks.values(), default=1.0)
     for layer, members in layers.items():
         error = max(each.error for each in members)
@@ -72,7 +87,9 @@ def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
             "other" if layer is None else str(layer),
             Text(_names(members)),
             number(ranks[layer], digits=1),
-            Text("#" * max(1, round(_BAR * ranks[layer] / highest)), style="cyan"),
+            number(fmean(m.module.edit_rank for m in members), digits=1)
+            if repaired
+            else Text("#" * max(1, round(_BAR * ranks[layer] / highest)), style="cyan"),
             number(sum(each.norm**2 for each in members) ** 0.5),
             number(error) if error else MISSING,
             size(sum(each.module.nbytes for each in members)),
@@ -81,7 +98,7 @@ def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
 
 
 def _facts(found: Inspection) -> list[tuple[str, str]]:
-    patch, origin = found.patch, found.origin
+    patch, origin, ranks = found.patch, found.origin, found.ranks
     share = "" if found.percent is None else f" ({found.percent:.2g} % of the model)"
     modules = len(found.modules)
     inputs = ", ".join(
@@ -111,7 +128,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ),
         (
             "holds",
-            "the fine-tune's own factors and the repair's" if patch.extends_adapter else "",
+            ranks_text(ranks) if patch.extends_adapter else "",
         ),
         ("trained whole", _short(patch.trained)),
     ]

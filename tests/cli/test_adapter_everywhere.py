@@ -75,6 +75,32 @@ def test_a_repaired_adapter_is_verified_applied_and_scaled(made: Path, tmp_path:
     assert seen["repaired_adapter"] is True and seen["model_has_recorded_hash"] == "yes"
 
 
+def test_the_ranks_of_a_repaired_adapter_are_those_in_its_file(tmp_path: Path) -> None:
+    target = [f"model.layers.{n}.mlp.down_proj" for n in range(2)]
+    adapter = tune(model("aligned"), tmp_path / "lora", r=3, size=0.02, target_modules=target)
+    command = ["repair", adapter, *family_options(), *METHOD, "--patch", "-o"]
+    written: Any = realign(*command, tmp_path / "new", "--json").json["patch"]
+    factors = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    stems = [name.removesuffix(".lora_A.weight") for name in factors if "lora_A" in name]
+    ranks = {
+        stem.removeprefix("base_model.model."): len(factors[f"{stem}.lora_A.weight"])
+        for stem in stems
+    }
+    seen: Any = realign("patch", "inspect", tmp_path / "new", "--json").json
+    assert {each["module"]: each["rank"] for each in seen["modules"]} == ranks
+    own = [3 for _ in ranks]  # tensors that the fine-tune left alone get no edit
+    edit = [total - ours for total, ours in zip(ranks.values(), own, strict=True)]
+    for found in (written, seen):
+        for key, values in (("rank", [*ranks.values()]), ("own_rank", own), ("edit_rank", edit)):
+            assert found[key]["min"] == min(values) and found[key]["max"] == max(values)
+            assert found[key]["mean"] == pytest.approx(sum(values) / len(values))
+    (rank,) = set(ranks.values())
+    says = f"rank {rank} (3 of the fine-tune, {rank - 3} of the repair)"
+    assert says in " ".join(realign(*command, tmp_path / "again").stdout.split())
+    shown = realign("patch", "inspect", tmp_path / "new").stdout
+    assert says in shown and "repair's" in shown
+
+
 def test_diff_and_subspace_read_adapters(made: Path, tmp_path: Path) -> None:
     compared: Any = realign("diff", model("aligned"), made / "lora", "--json")
     assert compared.exit_code in (0, 1), compared.stderr

@@ -43,6 +43,8 @@ def test_repair_says_rank_size_and_exactness(made: Path, tmp_path: Path) -> None
     assert found["percent"] == pytest.approx(100 * found["nbytes"] / total)
     assert found["exact"] is True and found["error"] == 0.0
     assert found["rank"]["min"] <= found["rank"]["mean"] <= found["rank"]["max"]
+    assert found["edit_rank"] == found["rank"] and found["own_rank"]["max"] == 0
+    assert "fine-tune" not in shown.stdout
     assert realign(*command[:-2], "-o", tmp_path / "c", "--json").json["patch"] is None
 
 
