@@ -28,6 +28,7 @@ from realign.subspace.drift import (
     drift_table,
     matrix_drift,
 )
+from realign.subspace.eigen import decomposing
 
 NORM = "norm"
 """The row under which norms and biases stand."""
@@ -67,6 +68,7 @@ def measure_weights(
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity; names it.
+        CheckpointError: a decomposition does not converge; names the matrix.
     """
     assert subjects, "no model to compare with the reference"
     groups = tuple(
@@ -165,15 +167,17 @@ def _drift_of(each: TensorRole, trio: _Trio, *, spectra: bool) -> Iterator[Matri
     else:
         slots = slots_of(trio.subject, name)
     for slot in slots:
-        yield matrix_drift(
-            key=slot.key,
-            module=slot.module,
-            layer=slot.layer,
-            reference=_read(trio.reference, slot),
-            subject=_read(trio.subject, slot),
-            base=_read(trio.base, slot) if trio.base is not None and fits else None,
-            spectra=spectra,
-        )
+        with decomposing(slot.key):
+            found = matrix_drift(
+                key=slot.key,
+                module=slot.module,
+                layer=slot.layer,
+                reference=_read(trio.reference, slot),
+                subject=_read(trio.subject, slot),
+                base=_read(trio.base, slot) if trio.base is not None and fits else None,
+                spectra=spectra,
+            )
+        yield found
 
 
 def _lacking(each: TensorRole, trio: _Trio, base: Checkpoint) -> str:

@@ -20,7 +20,7 @@ from torch import Tensor
 from realign.checkpoint.headers import FLOATS
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of, stored_rows
-from realign.subspace.eigen import eigenvalues
+from realign.subspace.eigen import decomposing, eigenvalues
 from realign.subspace.entropy import effective_rank, kept_energy, stable_rank
 from realign.subspace.threads import torch_threads
 
@@ -109,12 +109,14 @@ def spectrum_of_change(
 
     Raises:
         NonFiniteError: the difference holds NaN or infinity.
+        CheckpointError: the decomposition does not converge.
     """
     shape = a.tensors[slot.tensor].shape
     d_out, d_in = slot_shape(shape, slot)
     plain = slot.expert is None and not slot.transposed
     gram = (_by_rows if plain and d_out > d_in else _by_columns)(a, b, slot)
-    energies = eigenvalues(gram, overwrite=True)
+    with decomposing(slot.key):
+        energies = eigenvalues(gram, overwrite=True)
     kept = min(directions, energies.numel())
     return MatrixSpectrum(
         key=slot.key,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from realign.checkpoint.slots import Slot, logical_matrix
-from realign.errors import CheckpointError, ModelError
+from realign.errors import ModelError
 from realign.repair.apply import CHUNK_ELEMENTS, Effect, apply_edit, row_chunks, unchanged_effect
 from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
 from realign.repair.entries import EntryWork
@@ -28,6 +28,7 @@ from realign.repair.plan import Plan
 from realign.repair.record import TensorRow, edited_row
 from realign.repair.stream import Cut, Piece
 from realign.repair.verify import check_input, check_output
+from realign.subspace.eigen import decomposing
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,12 +140,8 @@ class Editor:
                 matrices.append(_Matrix(slot, views, logical_matrix(stored[at], slot)))
             keys = ", ".join(slot.key for _, slot in group)
             try:
-                found = self._lanes.run(partial(self._edit_group, matrices))
-            except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
-                raise CheckpointError(
-                    f"{keys}: its decomposition does not converge ({error})",
-                    "check the tensor in every checkpoint of the run",
-                ) from error
+                with decomposing(keys):
+                    found = self._lanes.run(partial(self._edit_group, matrices))
             except torch.OutOfMemoryError as error:
                 raise ModelError(
                     f"{keys} does not fit into the memory of {self._plan.device}",

@@ -22,6 +22,7 @@ from realign.repair.edit import Dense, LowRank
 from realign.repair.patch_adapter import extend_adapter
 from realign.repair.patch_content import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Patch, plain_patch
 from realign.repair.patch_modules import Factors, gather
+from realign.subspace.eigen import decomposing
 from realign.subspace.spectrum import top_triplets
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "Factors", "Patch", "build_patch", "factor"]
@@ -33,6 +34,7 @@ def factor(slot: Slot, edit: LowRank | Dense, *, max_rank: int | None = None) ->
     Raises:
         UsageError: the edit is dense, or of too large a rank for factors to be the smaller form,
             and no `max_rank` allows to truncate it.
+        CheckpointError: a decomposition does not converge.
     """
     if isinstance(edit, LowRank) and (max_rank is None or edit.rank <= max_rank):
         return Factors(slot, _stored(edit.left), _stored(edit.right), 0.0)
@@ -43,7 +45,8 @@ def factor(slot: Slot, edit: LowRank | Dense, *, max_rank: int | None = None) ->
             "write the checkpoint (without --patch), choose a smaller rank, or truncate with "
             "--max-patch-rank K; the truncation error is reported",
         )
-    left, right, error = _truncated(edit, max_rank)
+    with decomposing(slot.key):
+        left, right, error = _truncated(edit, max_rank)
     return Factors(slot, _stored(left), _stored(right), error)
 
 

@@ -31,6 +31,7 @@ from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.prefetch import Prefetch
 from realign.repair.stream import read_slot
 from realign.repair.verify import check_input
+from realign.subspace.eigen import decomposing
 from realign.subspace.entropy import entropy_rank
 from realign.subspace.projector import fix_signs
 from realign.subspace.spectrum import Triplets, decompose
@@ -96,7 +97,8 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
             Prefetch(_matrices(slots, aligned, base)) as matrices,
         ):
             for slot, wa, w0 in matrices:
-                row, found = _decompose(slot, wa.to(device), w0.to(device), request)
+                with decomposing(slot.key):
+                    row, found = _decompose(slot, wa.to(device), w0.to(device), request)
                 rows.append(row)
                 small = (value.to("cpu", torch.float32) for _, value in _parts(found))
                 triplets[slot.key] = Triplets(*small)

@@ -227,6 +227,7 @@ def matrix_drift(
 
     Raises:
         NonFiniteError: a tensor holds NaN or infinity.
+        torch.linalg.LinAlgError: a decomposition does not converge.
     """
     t_oi = difference(subject, reference)
     terms = _distance_terms(t_oi, reference=reference, subject=subject)

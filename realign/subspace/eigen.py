@@ -12,17 +12,19 @@ from (`spectrum`), and how many vectors are wanted (`entropy`).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from realign.errors import NonFiniteError
+from realign.errors import CheckpointError, NonFiniteError
 from realign.subspace.lapack import (
     apply_reflectors,
     tridiagonal_values,
-    tridiagonal_vectors,
     tridiagonalise,
 )
+from realign.subspace.tridiagonal import tridiagonal_vectors
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -69,6 +71,28 @@ class _Reduced(Eigenpairs):
         return self._rows_kn[:k].T
 
 
+@contextmanager
+def decomposing(key: str) -> Generator[None]:
+    """Name the tensor in whatever a decomposition inside cannot do.
+
+    Args:
+        key: of the slot, or of several.
+
+    Raises:
+        CheckpointError: the decomposition does not converge.
+        NonFiniteError: it was asked for a matrix that holds NaN or infinity.
+    """
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
+        raise CheckpointError(
+            f"{key}: its decomposition does not converge ({error})",
+            "check the tensor in every checkpoint of the run",
+        ) from error
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{key}: {error.message}", error.hint) from error
+
+
 def eigenpairs(c_nn: Tensor, *, overwrite: bool = False) -> Eigenpairs:
     """Decompose a symmetric positive semi-definite matrix.
 
@@ -90,7 +114,7 @@ def eigenpairs_batch(c_bnn: Tensor) -> list[Eigenpairs]:
 
     Only the upper triangles are read.
     """
-    _require_finite(c_bnn)
+    require_finite(c_bnn)
     values_bn, vectors_bnn = torch.linalg.eigh(c_bnn.detach().to(torch.float64), UPLO="U")
     return [
         KnownEigenpairs(_clean(values.flip(0)), vectors.flip(1))
@@ -105,19 +129,20 @@ def eigenvalues(c_nn: Tensor, *, overwrite: bool = False) -> Tensor:
     """
     if c_nn.device.type == "cpu":
         return _Reduced(_own_copy(c_nn, overwrite=overwrite)).values
-    _require_finite(c_nn)
+    require_finite(c_nn)
     return _clean(torch.linalg.eigvalsh(c_nn.detach().to(torch.float64), UPLO="U").flip(0))
 
 
 def _own_copy(c_nn: Tensor, *, overwrite: bool) -> Tensor:
-    _require_finite(c_nn)
+    require_finite(c_nn)
     c_nn = c_nn.detach()
     work = c_nn.to(torch.float64).contiguous()
     shared = work.data_ptr() == c_nn.data_ptr() and work.numel() > 0
     return work.clone() if shared and not overwrite else work
 
 
-def _require_finite(c: Tensor) -> None:
+def require_finite(c: Tensor) -> None:
+    """Raise NonFiniteError where a matrix holds NaN or infinity, in either triangle."""
     # A sum is finite where all entries are: eigenvalues near the largest float64 do not occur.
     if not bool(torch.isfinite(c.detach().sum(dtype=torch.float64))):
         raise NonFiniteError(

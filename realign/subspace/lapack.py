@@ -10,6 +10,9 @@ Here: the calls, in float64 on the CPU. Not here: what they are called for (`eig
 Layout: a row-major tensor is a column-major matrix transposed. Symmetric matrices are therefore
 given by their upper triangle (row <= column), which LAPACK sees as the lower one, and a matrix of
 column vectors is a tensor whose rows are the vectors.
+
+Every size, type and layout is checked before a call, with errors that `python -O` keeps: what is
+wrong here would write over memory that is not ours.
 """
 
 from __future__ import annotations
@@ -25,6 +28,9 @@ from torch import Tensor
 
 Argument: TypeAlias = str | int | float | Tensor
 
+INT_MAX = 2**31 - 1
+"""The largest size that the library's 32-bit integers can say."""
+
 
 def syrk_upper(c_nn: Tensor, block: Tensor, *, by_rows: bool) -> None:
     """Add block block^T (or block^T block) to the upper triangle of C, at half the flops of both.
@@ -35,8 +41,7 @@ def syrk_upper(c_nn: Tensor, block: Tensor, *, by_rows: bool) -> None:
         by_rows: whether the rows of the block, not its columns, are summed over.
     """
     n, k = block.shape[::-1] if by_rows else block.shape
-    assert c_nn.shape == (n, n), (tuple(c_nn.shape), tuple(block.shape))
-    _check(c_nn, block)
+    _require_shape(c_nn, n, n)
     if n and k:
         trans = "N" if by_rows else "T"
         leading = block.shape[1]
@@ -55,7 +60,7 @@ def tridiagonalise(c_nn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         factors [n].
     """
     n = c_nn.shape[0]
-    _check(c_nn)
+    _require_shape(c_nn, n, n)
     diagonal, beside, factors = (torch.zeros(n, dtype=torch.float64) for _ in range(3))
     if n == 0:
         return diagonal, beside, factors
@@ -69,37 +74,64 @@ def tridiagonalise(c_nn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def tridiagonal_values(diagonal: Tensor, beside: Tensor) -> Tensor:
     """Return the eigenvalues [n] of T, ascending; see `tridiagonalise` for the arguments."""
+    _require_shape(beside, diagonal.numel())
     values, spent = diagonal.clone(), beside.clone()
-    _check(values, spent)
     if values.numel():
         _lapack("dsterf", values.numel(), values, spent)
     return values
 
 
-def tridiagonal_vectors(diagonal: Tensor, beside: Tensor, k: int) -> Tensor:
-    """Return the eigenvectors of the k smallest eigenvalues of T, ascending, as rows [k, n]."""
+def leading_vectors(diagonal: Tensor, beside: Tensor, k: int) -> tuple[Tensor, Tensor] | None:
+    """Find the k smallest eigenvalues of T and their vectors, each on its own (MRRR).
+
+    Returns:
+        The eigenvalues [k], ascending, and the eigenvectors as rows [k, n]; None where the routine
+        gives up, which it may where many eigenvalues are equal.
+    """
     n = diagonal.numel()
-    assert 0 < k <= n, f"{k} of {n} vectors"
+    if not 0 < k <= n:
+        raise ValueError(f"{k} of {n} vectors")
+    _require_shape(beside, n)
     d, e = diagonal.clone(), beside.clone()
-    _check(d, e)
     rows_kn = torch.empty(k, n, dtype=torch.float64)
     values, work = (torch.empty(size, dtype=torch.float64) for size in (n, 18 * n))
     support, work_int, found, careful = (
         torch.zeros(size, dtype=torch.int32) for size in (2 * n, 10 * n, 1, 1)
     )
-    _lapack(
+    status = _status(
         "dstemr", "V", "I", n, d, e, 0.0, 0.0, 1, k, found, values, rows_kn, n, k, support, careful,
         work, work.numel(), work_int, work_int.numel(),
     )  # fmt: skip
-    assert int(found[0]) == k, f"{int(found[0])} of {k} vectors"
-    return rows_kn
+    return (values[:k], rows_kn) if status == 0 and int(found[0]) == k else None
+
+
+def all_vectors(diagonal: Tensor, beside: Tensor) -> Tensor:
+    """Return all eigenvectors of T, ascending, as rows [n, n], by divide and conquer.
+
+    Its work space has n^2 entries. From n = 46340 on that number needs more than 32 bits, and the
+    slower QR iteration takes its place.
+    """
+    n = diagonal.numel()
+    _require_shape(beside, n)
+    d, e = diagonal.clone(), beside.clone()
+    rows_nn = torch.empty(n, n, dtype=torch.float64)
+    size = 1 + 4 * n + n * n
+    if n and size <= INT_MAX:
+        work = torch.empty(size, dtype=torch.float64)
+        work_int = torch.empty(3 + 5 * n, dtype=torch.int32)
+        _lapack("dstevd", "V", n, d, e, rows_nn, n, work, size, work_int, work_int.numel())
+    elif n:
+        _lapack("dsteqr", "I", n, d, e, rows_nn, n, torch.empty(2 * n, dtype=torch.float64))
+    return rows_nn
 
 
 def apply_reflectors(c_nn: Tensor, factors: Tensor, rows_kn: Tensor) -> None:
     """Replace every row z of `rows_kn` by Q z, in place; see `tridiagonalise`."""
     k, n = rows_kn.shape
-    assert c_nn.shape == (n, n), (tuple(c_nn.shape), tuple(rows_kn.shape))
-    _check(c_nn, factors, rows_kn)
+    if not k or not n:
+        return
+    _require_shape(c_nn, n, n)
+    _require_shape(factors, n)
     work = torch.empty(1, dtype=torch.float64)
     head = ("L", "L", "N", n, k, c_nn, n, factors, rows_kn, n)
     _lapack("dormtr", *head, work, -1)
@@ -118,8 +150,9 @@ def pivoted_cholesky(c_nn: Tensor) -> tuple[Tensor, Tensor, int]:
         C itself, the pivots p [n] and the numerical rank q.
     """
     n = c_nn.shape[0]
-    assert n > 0, "nothing to factor"
-    _check(c_nn)
+    if not n:
+        raise ValueError("nothing to factor")
+    _require_shape(c_nn, n, n)
     pivots, rank = (torch.zeros(size, dtype=torch.int32) for size in (n, 1))
     work = torch.empty(2 * n, dtype=torch.float64)
     # A positive `info` says only that C is singular: what the rank is for.
@@ -128,25 +161,40 @@ def pivoted_cholesky(c_nn: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 def _lapack(name: str, *arguments: Argument, fine: tuple[int, ...] = (0,)) -> None:
-    info = torch.zeros(1, dtype=torch.int32)
-    _call("lapack", name, *arguments, info)
-    status = int(info[0])
-    assert status >= 0, f"{name}: argument {-status} is wrong"
+    status = _status(name, *arguments)
     if status not in fine:
         message = f"{name} ended with status {status}"
         raise torch.linalg.LinAlgError(message)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def _status(name: str, *arguments: Argument) -> int:
+    info = torch.zeros(1, dtype=torch.int32)
+    _call("lapack", name, *arguments, info)
+    status = int(info[0])
+    if status < 0:
+        raise ValueError(f"{name}: argument {-status} is wrong")
+    return status
+
+
 def _call(library: str, name: str, *arguments: Argument) -> None:
-    _routine(library, name, len(arguments))(*(_pointer(each) for each in arguments))
+    _routine(library, name, len(arguments))(*(pointer(each) for each in arguments))
 
 
-def _pointer(value: Argument) -> Any:
+def pointer(value: Argument) -> Any:
+    """Return an argument as Fortran takes it, by reference; ValueError, OverflowError if it cannot.
+
+    A tensor must outlive the call.
+    """
     if isinstance(value, Tensor):
+        _require_memory(value)
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, str):
         return ctypes.byref(ctypes.c_char(value.encode("ascii")))
-    return ctypes.byref(ctypes.c_int(value) if isinstance(value, int) else ctypes.c_double(value))
+    if isinstance(value, float):
+        return ctypes.byref(ctypes.c_double(value))
+    if not -1 <= value <= INT_MAX:  # ctypes would take the lowest 32 bits
+        raise OverflowError(f"{value} is no size of 32 bits")
+    return ctypes.byref(ctypes.c_int(value))
 
 
 @cache
@@ -161,10 +209,13 @@ def _routine(library: str, name: str, count: int) -> Callable[..., None]:
     return function_type(address(capsule, signature(capsule)))
 
 
-def _check(*tensors: Tensor) -> None:
-    for tensor in tensors:
-        assert tensor.device.type == "cpu", tensor.device
-        assert tensor.dtype == torch.float64 and tensor.is_contiguous(), (
-            tensor.dtype,
-            tensor.stride(),
-        )
+def _require_shape(tensor: Tensor, *shape: int) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"a tensor of shape {tuple(tensor.shape)}, not {shape}")
+
+
+def _require_memory(tensor: Tensor) -> None:
+    """Raise ValueError where the library would read or write what is not there."""
+    kind = (tensor.device.type, tensor.dtype)
+    if kind not in (("cpu", torch.float64), ("cpu", torch.int32)) or not tensor.is_contiguous():
+        raise ValueError(f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from realign.subspace.eigen import EPS, Eigenpairs, eigenpairs
+from realign.subspace.eigen import EPS, Eigenpairs, eigenpairs, require_finite
 from realign.subspace.lapack import pivoted_cholesky
 from realign.subspace.spectrum import decompose
 
@@ -141,11 +141,15 @@ def _square_factor(scatter: Tensor, *, most: int) -> Tensor:
     Args:
         scatter: [d, d], positive semi-definite.
         most: a rank that it cannot exceed: what lies beyond is rounding.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity.
     """
     if scatter.device.type != "cpu":
         pairs = eigenpairs(scatter, overwrite=True)
         q = min(int(torch.count_nonzero(pairs.values)), most)
         return pairs.top(q) * pairs.values[:q].sqrt()
+    require_finite(scatter)  # the factorisation would end at the first NaN, as if the rank did
     factor, pivots, found = pivoted_cholesky(scatter)
     q = min(found, most)
     lower = factor.new_empty(factor.shape[0], q)
