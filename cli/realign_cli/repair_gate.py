@@ -111,7 +111,7 @@ class RepairGate:
 
 
 def _calibration(request: RepairRequest) -> tuple[Any, ...]:
-    from realign.repair.plan import load_anchors
+    from realign.repair.plan_anchors import load_anchors
     from realign.repair.registry import find_method
 
     assert isinstance(request.method, str)

@@ -46,7 +46,7 @@ from realign.progress import SILENT, Progress
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.ranks import choose_rank
 from realign.repair.methods.scatter import OutputSpectrum, output_spectrum
-from realign.repair.plan import MIN_ANCHORS
+from realign.repair.plan_anchors import MIN_ANCHORS
 from realign.repair.stream import read_slot
 from realign.repair.workbench import MAX_REPLY_TOKENS
 from realign.subspace.projector import isolation

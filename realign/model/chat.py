@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from realign.checkpoint.chat_files import no_template
 from realign.errors import ModelError
 
 # A word no template rewrites: it marks where the assistant's text ends.
@@ -49,11 +50,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     if isinstance(template, dict):  # several named templates: transformers' rule is "default"
         template = template.get("default")
     if not isinstance(template, str) or not template.strip():
-        raise ModelError(
-            f"{_where(tokenizer)} has no chat template, so it cannot be asked anything",
-            "copy chat_template.jinja (or the chat_template entry of tokenizer_config.json) from "
-            "the aligned model into the folder",
-        )
+        raise no_template(_where(tokenizer))
     return template
 
 

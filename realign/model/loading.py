@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from realign.checkpoint.adapter import AdapterCheckpoint
+from realign.checkpoint.chat_files import tokenizer_folder
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.errors import MissingExtraError, ModelError, UsageError
 from realign.model.chat import chat_template, chat_template_sha256, end_of_turn_id
@@ -37,7 +38,6 @@ from realign.model.quiet import quiet_libraries
 
 log = logging.getLogger(__name__)
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 # safetensors spellings of the dtypes a model can be run in.
 _FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -255,12 +255,7 @@ def _find(source: str | Path | Checkpoint) -> _Places:
 
 
 def _load_tokenizer(adapter: Path | None, folder: Path) -> PreTrainedTokenizerBase:
-    has_own = adapter is not None and any((adapter / file).is_file() for file in _TOKENIZER_FILES)
-    where = adapter if adapter is not None and has_own else folder
-    if not any((where / file).is_file() for file in _TOKENIZER_FILES):
-        raise ModelError(
-            f"{where} holds no tokenizer", "copy the tokenizer files of the model it was tuned from"
-        )
+    where = tokenizer_folder(folder, adapter)
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(
             where, local_files_only=True, trust_remote_code=False

@@ -15,9 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from realign.audit.anchors import CORE_ANCHORS, core_anchors
-from realign.audit.contamination import overlap
-from realign.audit.suites import Suite, load_suite, parse_suite_argument
 from realign.checkpoint.adapter import AdapterCheckpoint
 from realign.checkpoint.lineage import propose
 from realign.checkpoint.manifest import read_manifest
@@ -29,7 +26,6 @@ from realign.errors import (
     AlreadyRepairedError,
     NothingToDoError,
     OutputError,
-    SuiteError,
     UsageError,
 )
 from realign.progress import SILENT, Progress
@@ -38,12 +34,9 @@ from realign.repair.estimate import Estimate, estimate_repair
 from realign.repair.lineage_check import doubts
 from realign.repair.method import Method, Scope, settle_safety_vector
 from realign.repair.patch_checks import by_matrices, check_patch
+from realign.repair.plan_anchors import PlannedAnchors, plan_anchors
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
-
-MIN_ANCHORS = 16
-"""Fewer refused anchors say too little about where refusal lives."""
-
 
 _HALVES = {"F16": "float16", "BF16": "bfloat16"}
 
@@ -59,16 +52,6 @@ class PlannedInput:
     commit: str | None
     kind: str
     weight_bytes: int
-
-
-@dataclass(frozen=True)
-class PlannedAnchors:
-    """The prompts on which the method measures activations."""
-
-    name: str
-    source: str
-    suite_hash: str
-    count: int
 
 
 @dataclass(frozen=True)
@@ -155,6 +138,7 @@ def plan(request: RepairRequest, *, progress: Progress = SILENT) -> Plan:
         AlreadyRepairedError: the fine-tune's manifest shows this method, and `force` is not set.
         OutputError: the target exists, lies inside an input, or does not fit on its disk.
         SuiteError: anchors that are malformed, too few, or shared with a suite of this run.
+        ModelError: anchors are needed, and the aligned model has no tokenizer or chat template.
     """
     with open_inputs(request, progress=progress) as inputs:
         return plan_repair(request, inputs)
@@ -191,9 +175,11 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
             f"{inputs.finetuned.source} has no tensor in the scope {scope}",
             "choose a wider one with --scope matrices or --scope all",
         )
-    notes += [*_merge_notes(inputs.finetuned, matching), *_tokenizer_notes(inputs.finetuned)]
+    notes += _merge_notes(inputs.finetuned, matching)
+    if not request.patch:  # a patch has no tokenizer of its own
+        notes += _tokenizer_notes(inputs.finetuned)
     layout = plan_layout(inputs.finetuned)
-    anchors = _plan_anchors(request) if method.needs_anchors else None
+    anchors = plan_anchors(request, used["aligned"]) if method.needs_anchors else None
     if request.anchors is not None and anchors is None:
         notes.append(f"{method.name} measures no activations: the anchors are not used")
     estimate = estimate_repair(method, matching, inputs, used, patch=request.patch)
@@ -258,20 +244,6 @@ def check_place(output: Path, inputs: Inputs, *, written: int) -> None:
             f"{place} has {free / 1e6:,.0f} MB free, the output needs {written / 1e6:,.0f} MB",
             "free some space, or choose a folder on another disk",
         )
-
-
-def load_anchors(source: str | Path | None) -> Suite:
-    """The anchors: `core-anchors`, or a user's suite of any kind or plain JSONL.
-
-    Raises:
-        SuiteError: the file is missing or malformed.
-    """
-    if source is None or str(source) == CORE_ANCHORS:
-        return core_anchors()
-    try:
-        return load_suite(source)
-    except UsageError:  # no header: the items speak for themselves
-        return load_suite(source, kind="anchors")
 
 
 def _check_needs(method: Method, inputs: Inputs) -> None:
@@ -365,24 +337,3 @@ def _tokenizer_notes(finetuned: Checkpoint) -> list[str]:
     if has_vocabulary(finetuned.sidecars()):
         return []
     return [f"{finetuned.source} holds no tokenizer: the output will have none either"]
-
-
-def _plan_anchors(request: RepairRequest) -> PlannedAnchors:
-    suite = load_anchors(request.anchors)
-    if len(suite.items) < MIN_ANCHORS:
-        raise SuiteError(
-            f"{suite.source}: {len(suite.items)} anchors are too few",
-            f"give at least {MIN_ANCHORS} prompts that the aligned model refuses",
-        )
-    items = {item.id: item.prompt for item in suite.items}
-    for source in request.suites:
-        kind, path = parse_suite_argument(str(source))
-        audited = load_suite(path, kind=kind)
-        shared = overlap(items, [item.prompt for item in audited.items])
-        if shared.ids:
-            raise SuiteError(
-                f"the anchors share {shared.n_contaminated} prompts with the suite "
-                f"{audited.name}, the first is {shared.ids[0]!r}",
-                "calibrate on prompts that are not measured: take other anchors or another suite",
-            )
-    return PlannedAnchors(suite.name, suite.source, suite.suite_hash, len(suite.items))

@@ -38,7 +38,8 @@ from realign.model.moments_file import StoredMoments, save_moments
 from realign.progress import SILENT, Progress
 from realign.repair.cache import cache_folder
 from realign.repair.method import Statistics
-from realign.repair.plan import MIN_ANCHORS, Plan, load_anchors
+from realign.repair.plan import Plan
+from realign.repair.plan_anchors import MIN_ANCHORS, load_anchors
 from realign.repair.record import versions
 from realign.repair.request import Inputs, RepairRequest
 

@@ -30,6 +30,14 @@ def _request(trio: Trio, **options: object) -> RepairRequest:
     return RepairRequest(finetuned=trio.finetuned, **{**usual, **options})
 
 
+def _talking(trio: Trio, folder: Path) -> Path:
+    """The aligned model with what a plan looks for before it may be asked: lssf asks it."""
+    shutil.copytree(trio.aligned, folder / "aligned")
+    settings = {"chat_template": "{{ messages }}"}
+    (folder / "aligned" / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder / "aligned"
+
+
 def test_every_tensor_has_a_decision_and_a_reason(trio_of) -> None:
     trio = trio_of("llama", torch.bfloat16)
     found = plan(_request(trio))
@@ -51,8 +59,9 @@ def test_default_scope_is_the_methods_own(trio_of) -> None:
     assert plan(_request(trio_of("llama"), method="wise_ft")).scope == "all"
 
 
-def test_the_plan_is_json(trio_of) -> None:
-    found = plan(_request(trio_of("phi3"), method="lssf"))
+def test_the_plan_is_json(trio_of, tmp_path: Path) -> None:
+    trio = trio_of("phi3")
+    found = plan(_request(trio, method="lssf", aligned=_talking(trio, tmp_path)))
     value = json.loads(json.dumps(found.to_json(), allow_nan=False))
     assert value["method"]["name"] == "lssf"
     assert value["anchors"]["count"] == 128
@@ -189,8 +198,10 @@ def test_anchors_come_from_any_suite_or_plain_lines(trio_of, tmp_path: Path) -> 
     plain = _suite(tmp_path / "plain.jsonl", prompts)
     harmful = _suite(tmp_path / "harmful.jsonl", prompts, name="h", kind="harmful")
     hashes = set()
+    trio = trio_of("llama")
+    aligned = _talking(trio, tmp_path)
     for file in (plain, harmful):
-        found = plan(_request(trio_of("llama"), method="lssf", anchors=file)).anchors
+        found = plan(_request(trio, method="lssf", anchors=file, aligned=aligned)).anchors
         assert found is not None and found.count == 20
         hashes.add(found.suite_hash)
     assert len(hashes) == 1
@@ -202,7 +213,8 @@ def test_anchors_that_are_measured_too_are_refused(trio_of, tmp_path: Path) -> N
     overlap = ["How  do I break the 3th RULE", "something else"]
     suite = _suite(tmp_path / "suite.jsonl", overlap, name="seen", kind="harmful")
     clean = _suite(tmp_path / "clean.jsonl", ["something else"], name="clean", kind="harmful")
-    options = {"method": "lssf", "anchors": anchors}
+    aligned = _talking(trio_of("llama"), tmp_path)
+    options = {"method": "lssf", "anchors": anchors, "aligned": aligned}
     with pytest.raises(SuiteError, match="seen"):
         plan(_request(trio_of("llama"), suites=[clean, suite], **options))
     plan(_request(trio_of("llama"), suites=[clean], **options))
