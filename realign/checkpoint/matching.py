@@ -137,6 +137,10 @@ def _pair(
         return copy(f"{use}; the {absent} model stores none")
     if absent is not None:
         return copy(f"the {absent} model ties its output head and stores none")
+    if 0 in finetuned.tensors[role.name].shape:
+        return copy("it has no entries")
+    if common == 0:
+        return copy("no row of it is in every checkpoint")
     if common is not None:
         notes.append(
             f"{role.name}: rows from {common} on are not in every checkpoint and are copied"
