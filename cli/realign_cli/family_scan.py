@@ -60,11 +60,12 @@ def measure_subject(
 def _table(found: FamilyScan) -> Table:
     from realign.report.tables import plain_table
 
-    table = plain_table("The fine-tune against the alignment subspace of its family")
+    table = plain_table(
+        "The fine-tune against the alignment subspace of its family",
+        left=[""],
+        right=["distance", "energy", "excess", "retained_k", "directions"],
+    )
     table.caption = found.total_reason
-    table.add_column("")
-    for title in ("distance", "energy", "excess", "retained_k", "directions"):
-        table.add_column(title, justify="right")
     for name, metrics in _lines(found):
         values = (
             metrics.relative_distance,

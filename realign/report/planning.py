@@ -17,9 +17,7 @@ def audit_plan_tables(plan: AuditPlan) -> tuple[RenderableType, ...]:
     """Return what `realign audit --plan` shows."""
     from rich.text import Text
 
-    models = plain_table("Models")
-    models.add_column("role")
-    models.add_column("checkpoint")
+    models = plain_table("Models", left=["role", "checkpoint"])
     for role, source in plan.roles.items():
         models.add_row(ROLES[role], Text(source))
 
@@ -39,17 +37,18 @@ def audit_plan_tables(plan: AuditPlan) -> tuple[RenderableType, ...]:
             str(suite.max_new_tokens),
         )
 
-    power = plain_table("Smallest drift that would be found 8 times in 10")
-    power.add_column("suite")
     rates = [rate for rate, _ in plan.suites[0].detectable] if plan.suites else []
-    for rate in rates:
-        power.add_column(f"if {100 * rate:.0f} % improve by chance", justify="right")
+    power = plain_table(
+        "Smallest drift that would be found 8 times in 10",
+        left=["suite"],
+        right=[f"if {100 * rate:.0f} % improve by chance" for rate in rates],
+    )
     for suite in plan.suites:
         power.add_row(Text(suite.name), *(difference(effect) for _, effect in suite.detectable))
 
-    needed = plain_table("Items needed to certify a margin, by churn")
-    needed.add_column("gate")
-    needed.add_column("items now", justify="right")
+    needed = plain_table(
+        "Items needed to certify a margin, by churn", left=["gate"], right=["items now"]
+    )
     churns: list[float] = []
     for suite in plan.suites:
         for gate, sizes in suite.needed.items():

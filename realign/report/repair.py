@@ -35,9 +35,7 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     """Return what `--dry-run` shows: inputs, settings, tensors by module, costs, remarks."""
     from rich.text import Text
 
-    inputs = plain_table("Inputs")
-    for title in ("role", "checkpoint", "size"):
-        inputs.add_column(title, justify="right" if title == "size" else "left")
+    inputs = plain_table("Inputs", left=["role", "checkpoint"], right=["size"])
     for role, each in plan.inputs.items():
         pinned = f" @ {each.commit[:12]}" if each.commit else ""
         adapter = " (adapter, merged)" if each.kind == "adapter" else ""
@@ -71,10 +69,8 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
 
 def rows_table(rows: Iterable[TensorRow], *, title: str = "The edit, layer by layer") -> Table:
     """Return rank, entropy, edit norm and survival per layer, averaged over its matrices."""
-    table = plain_table(f"{title} (means over matrices)")
     titles = ("layer", "edited", "rank", "entropy", "edit / weight", "cos(edit, task)", "survival")
-    for title in titles:
-        table.add_column(title, justify="right")
+    table = plain_table(f"{title} (means over matrices)", right=titles)
     layers: dict[int | None, list[TensorRow]] = {}
     for row in rows:
         layers.setdefault(row.layer, []).append(row)

@@ -331,22 +331,19 @@ def test_lab_claims_prints_both_claims(tmp_path: Path) -> None:
 # --- the application -------------------------------------------------------------------------
 
 
-def test_help_needs_no_torch() -> None:
-    code = (
-        "import sys\nfrom realign_cli.main import run\nassert run(['repair', '--help']) == 0\n"
-        "heavy = {'torch', 'transformers', 'matplotlib', 'scipy', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_engine_imports_no_model_library() -> None:
-    code = (
-        "import sys\nimport realign.repair.engine\n"
-        "heavy = {'transformers', 'matplotlib', 'scipy.stats'} & set(sys.modules)\n"
-        "sys.exit(f'imported: {heavy}' if heavy else 0)"
-    )
+@pytest.mark.parametrize(
+    ("code", "heavy"),
+    [
+        (
+            "from realign_cli.main import run; assert run(['repair', '--help']) == 0",
+            {"torch", "transformers", "matplotlib", "scipy", "numpy"},
+        ),
+        ("import realign.repair.engine", {"transformers", "matplotlib", "scipy.stats"}),
+    ],
+    ids=["help needs no torch", "the engine needs no model library"],
+)
+def test_what_is_not_imported(code: str, heavy: set[str]) -> None:
+    code += f"; import sys; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 

@@ -195,9 +195,7 @@ def _claims_table(
 ) -> Table:
     from realign.report.tables import plain_table
 
-    table = plain_table(title)
-    for head in heads:
-        table.add_column(head, justify="left" if head == heads[0] else "right")
+    table = plain_table(title, left=heads[:1], right=heads[1:])
     for name, values in rows.items():
         table.add_row(name, *map(_mean, values))
     return table
@@ -209,13 +207,10 @@ def _mean(mean: Mean | None) -> str:
 
 def _table(models: Mapping[str, Any]) -> Table:
     """Return what was measured: one row per model."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from realign.report.tables import plain_table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
-    table.add_column("model")
-    for title in ("compliance", "refusal", "other", "over-refusal", "order", "howto2", "general"):
-        table.add_column(title, justify="right")
+    measures = ("compliance", "refusal", "other", "over-refusal", "order", "howto2", "general")
+    table = plain_table(left=["model"], right=measures)
     for name, entry in models.items():
         measured = entry.get("measured", {})
         table.add_row(

@@ -69,10 +69,9 @@ def _facts(method: type[Method]) -> dict[str, Any]:
 
 
 def _list(classes: list[type[Method]]) -> RenderableType:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
+    from realign.report.tables import plain_table
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    table = plain_table()
     table.add_column("method", no_wrap=True)
     table.add_column("needs")
     table.add_column("what it does", ratio=1)
@@ -91,10 +90,10 @@ def needs_in_words(method: type[Method]) -> list[str]:
 
 
 def _card(method: type[Method]) -> tuple[RenderableType, ...]:
-    from rich.box import SIMPLE_HEAD
     from rich.padding import Padding
-    from rich.table import Table
     from rich.text import Text
+
+    from realign.report.tables import plain_table
 
     card = method.card
     parts: list[RenderableType] = [
@@ -113,7 +112,7 @@ def _card(method: type[Method]) -> tuple[RenderableType, ...]:
         ("cost", card.cost),
     ):
         parts.append(Text.assemble((f"{title:9}", "bold"), " ".join(text.split())))
-    table = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False, header_style="dim")
+    table = plain_table()
     table.add_column("--set", no_wrap=True)
     table.add_column("default", no_wrap=True)
     table.add_column("range")

@@ -189,17 +189,8 @@ def _draw(rows: Sequence[SubspaceRow], file: Path, *, eta: float) -> None:
 def _table(rows: Sequence[SubspaceRow], *, eta: float) -> Table:
     from realign.report.tables import plain_table
 
-    table = plain_table("The alignment vector, layer by layer (means over matrices)")
-    for title in (
-        "layer",
-        "matrices",
-        "kept",
-        f"rank({eta:g})",
-        "entropy",
-        "stable rank",
-        "energy",
-    ):
-        table.add_column(title, justify="right")
+    titles = ("layer", "matrices", "kept", f"rank({eta:g})", "entropy", "stable rank", "energy")
+    table = plain_table("The alignment vector, layer by layer (means over matrices)", right=titles)
     layers: dict[int | None, list[SubspaceRow]] = {}
     for row in rows:
         layers.setdefault(row.layer, []).append(row)
