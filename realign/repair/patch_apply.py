@@ -2,43 +2,49 @@
 
 The output is an ordinary checkpoint in the layout of the model, written like a repair's: streamed,
 resumable, whole or not at all, with a manifest that names model and patch. Any LoRA adapter can be
-applied; one that realign wrote also says which model it belongs to, and that is checked. Here: the
-order of things and what is recorded. Not here: the arithmetic (`apply`, `realign.checkpoint.lora`)
-and opening a patch (`patch_file`).
+applied; one that realign wrote also says which model it belongs to, and that is checked.
+
+The model is read once: it is hashed while it is merged. Whether the patch belongs to it is checked
+first where its hashes are known from an earlier run or soon had, and before the commit otherwise:
+a patch for another model never becomes an output. Nor does one of which a file changed meanwhile.
+
+Here: the order of things and what is recorded. Not here: the tensors (`patch_merge`), opening a
+patch (`patch_file`), watching the files (`sources`, `patch_guard`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
-from torch import Tensor
-
 from realign.audit.canonical import sha256_json
 from realign.checkpoint.adapter import AdapterCheckpoint
-from realign.checkpoint.lora import Factors
 from realign.checkpoint.manifest import (
     MANIFEST_NAME,
     MANIFEST_SCHEMA,
     read_manifest,
     redact_command,
-    sha256_file,
     tensor_list,
 )
-from realign.checkpoint.names import role_of
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
-from realign.checkpoint.writer import OutputFolder, ShardLayout, check_target, plan_layout
+from realign.checkpoint.writer import OutputFolder, check_target, plan_layout
 from realign.errors import AlreadyRepairedError, MismatchError, UsageError
-from realign.progress import SILENT, Progress, Task
-from realign.repair.apply import Effect, apply_edit, row_chunks
-from realign.repair.edit import LowRank
-from realign.repair.estimate import STREAM_BYTES
-from realign.repair.patch_file import PatchFile, check_dial, open_patch
-from realign.repair.record import TensorRow, Totals, edited_row, remarks, totals_of, versions
-from realign.repair.verify import check_changed, check_input, check_output, check_written
+from realign.progress import SILENT, Progress
+from realign.repair.cache import hash_store
+from realign.repair.patch_content import ADAPTER_WEIGHTS
+from realign.repair.patch_file import PatchFile, open_patch
+from realign.repair.patch_guard import PatchGuard
+from realign.repair.patch_merge import Merger
+from realign.repair.patch_scale import check_dial
+from realign.repair.record import TensorRow, Totals, remarks, totals_of, versions
+from realign.repair.sources import Sources
+from realign.repair.verify import check_changed, check_written
+
+HASHED_FIRST_BYTES = 256 * 2**20
+"""Where no more than this is to be read for it, the model is hashed before the merge: reading it
+again comes from memory, and a patch for another model is refused at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +84,7 @@ def apply_patch(request: ApplyRequest, *, progress: Progress = SILENT) -> ApplyR
         MismatchError: the patch was made for another model.
         AlreadyRepairedError: the model holds this patch already.
         UsageError: a strength that cannot be applied.
+        InputChangedError: a file of the model or of the patch changed meanwhile; names it.
         OutputError: see `OutputFolder`.
         NonFiniteError: NaN or infinity in the model, the patch or the result.
         EmptyEditError: nothing of the patch survives rounding.
@@ -92,221 +99,136 @@ def apply_patch(request: ApplyRequest, *, progress: Progress = SILENT) -> ApplyR
             f"scale the repair first: realign patch scale {patch.source} --strength {strength:g} "
             "-o SCALED",
         )
-    with open_checkpoint(request.model, offline=request.offline, progress=progress) as model:
+    with (
+        open_checkpoint(request.model, offline=request.offline, progress=progress) as model,
+        PatchGuard(patch) as guard,
+    ):
         check_target(Path(request.output).expanduser(), [model.folder, patch.folder])
-        digest = sha256_file(patch.weights)
-        _check_first(patch, model, digest, force=request.force)
-        notes = _check_belongs(patch, model, force=request.force, progress=progress)
-        merged = AdapterCheckpoint(
-            patch.folder, base=model, source=patch.source, commit=patch.commit
-        )
-        for note in (*notes, *merged.remarks[len(model.remarks) :]):
-            progress.note(note)
-        run = _Merge(request, patch, strength, merged, model, digest, progress)
-        return run.carry_out(notes)
+        _check_first(patch, model, guard.digest, force=request.force)
+        sources = Sources({"finetuned": model}, store=hash_store())
+        try:
+            return _Run(request, patch, strength, model, guard, sources, progress).carry_out()
+        except Exception:
+            sources.check()  # a file that changed is the reason for whatever came of it
+            raise
 
 
 @dataclass(frozen=True)
-class _Merge:
+class _Run:
     request: ApplyRequest
     patch: PatchFile
     strength: float
-    merged: AdapterCheckpoint
     model: Checkpoint
-    digest: str
+    guard: PatchGuard
+    sources: Sources
     progress: Progress
 
-    @property
-    def factor(self) -> float:
-        """What the scales in the config are multiplied by."""
-        return self.strength / self.patch.strength
-
-    def carry_out(self, notes: Sequence[str]) -> ApplyResult:
-        layout = plan_layout(self.merged)
-        hashes = dict(self.model.file_hashes(self.progress))
-        inputs = {
-            "finetuned": _input(self.model, hashes),
-            "patch": {
-                "source": self.patch.source,
-                "commit": self.patch.commit,
-                "kind": "patch",
-                "files": {"adapter_model.safetensors": self.digest},
-            },
-        }
+    def carry_out(self) -> ApplyResult:
+        early = self.sources.unhashed() <= HASHED_FIRST_BYTES
+        notes = self._check_belongs() if early else []
+        merged = AdapterCheckpoint(
+            self.patch.folder, base=self.model, source=self.patch.source, commit=self.patch.commit
+        )
+        for note in merged.remarks[len(self.model.remarks) :]:
+            self.progress.note(note)
+        factor = self.strength / self.patch.strength
+        layout = plan_layout(merged)
         with OutputFolder(
             self.request.output,
-            fingerprint=sha256_json({"inputs": inputs, "strength": self.strength}),
+            fingerprint=self._fingerprint(),
             layout=layout,
             inputs=[self.model.folder, self.patch.folder],
             progress=self.progress,
         ) as output:
-            rows = self._write(output, layout)
+            rows = Merger(merged, strength=self.strength, factor=factor).write_shards(
+                output, layout, progress=self.progress
+            )
+            if not early:
+                notes = self._check_belongs()
             check_changed(rows, patch=False)
-            output.copy_sidecars(self.merged)
+            output.copy_sidecars(merged)
             output.write_index(layout)
             check_written(output.partial, [spec for shard in layout for spec in shard.tensors])
-            manifest = self._manifest(inputs, rows, notes, output, layout)
+            edited = {row.tensor for row in rows}
+            copied = [name for name in merged.tensors if name not in edited]
+            manifest = self._manifest(rows, copied, notes, output)
             output.write_json(MANIFEST_NAME, manifest)
             for warning in remarks(rows):
                 self.progress.note(warning)
+            self.sources.check()
+            self.guard.check()
             target = output.commit()
-        totals = totals_of(rows, copied=len(self.merged.tensors) - len(rows))
+        totals = totals_of(rows, copied=len(copied))
         return ApplyResult(
             self.patch, target, self.strength, tuple(rows), totals, manifest, tuple(notes)
         )
 
-    def _write(self, output: OutputFolder, layout: Sequence[ShardLayout]) -> list[TensorRow]:
-        rows: list[TensorRow] = []
-        total = sum(shard.nbytes for shard in layout if not output.is_done(shard))
-        with self.progress.task("applying the patch", total=total, unit="B") as task:
-            for shard in layout:
-                done = output.finished(shard)
-                if done is not None:
-                    rows += [TensorRow.from_json(each) for each in done["rows"]]
-                    continue
-                written: list[TensorRow] = []
-                with output.shard(shard) as writer:
-                    for spec in shard.tensors:
-                        found = self._write_tensor(writer, spec.name, task)
-                        written += [] if found is None else [found]
-                    writer.facts["rows"] = [row.to_json() for row in written]
-                rows += written
-        return rows
-
-    def _write_tensor(self, writer: Any, name: str, task: Task) -> TensorRow | None:
-        how = self.merged.changes(name)
-        if how == "none":
-            for rows in self._chunks(name):
-                stored = self.model.read(name, rows)
-                self._check_input(name, stored)
-                writer.write(name, stored)
-                task.advance(stored.nbytes)
-            return None
-        effect = Effect()
-        rank: int | None = None
-        if how == "product":
-            factors = self.merged.factors(name)
-            for part in (tensor for each in factors for tensor in (each.a, each.b)):
-                check_input(part, name=name, role="patch", source=self.patch.source)
-            rank = sum(each.b.shape[-1] for each in factors)
-            stored, effect = self._add(name, factors)
-            check_output(stored, name=name, dtype=str(stored.dtype))
-            writer.write(name, stored)
-            task.advance(stored.nbytes)
-        else:
-            for rows in self._chunks(name):
-                stored = self.merged.read(name, rows)
-                check_output(stored, name=name, dtype=str(stored.dtype))
-                effect = effect + self._difference(name, rows, stored)
-                writer.write(name, stored)
-                task.advance(stored.nbytes)
-        role = role_of(self.merged.tensors[name])
-        row = edited_row(
-            key=name,
-            tensor=name,
-            module=role.module,
-            layer=role.layer,
-            edit="dense" if rank is None else "low-rank",
-            strength=self.strength,
-            effect=effect,
-            facts={} if rank is None else {"rank": rank},
-        )
-        # Of a tensor that was trained whole only the result is known, not what was rounded away.
-        return row if rank is not None else replace(row, survival=None)
-
-    def _add(self, name: str, factors: Sequence[Factors]) -> tuple[Tensor, Effect]:
-        """W + t B A of one whole tensor: the same sums as the repair that made the factors."""
-        finetuned = self.model.read(name)
-        self._check_input(name, finetuned)
-        stored = torch.empty_like(finetuned)
-        effect = Effect()
-        for view, edit, scale in _products(factors):
-            result, one = apply_edit(view(finetuned), edit, strength=scale * self.factor)
-            view(stored).copy_(result)
-            effect = effect + one
-        return stored, effect
-
-    def _difference(self, name: str, rows: tuple[int, int] | None, stored: Tensor) -> Effect:
-        """What a tensor that was trained whole changes; a new or resized one changes throughout."""
-        old = self.model.tensors.get(name)
-        if old is None or old.shape != self.merged.tensors[name].shape:
-            return Effect(numel=stored.numel(), changed=stored.numel())
-        before = self.model.read(name, rows).double()
-        moved = stored.double() - before
-        return Effect(
-            numel=moved.numel(),
-            changed=int(torch.count_nonzero(moved)),
-            max_edit=float(moved.abs().max()) if moved.numel() else 0.0,
-            edit_sq=float(moved.square().sum()),
-            finetuned_sq=float(before.square().sum()),
+    def _fingerprint(self) -> str:
+        """What decides the output's bytes: a run with the same one may go on where this stops."""
+        return sha256_json(
+            {
+                "inputs": self.sources.identities,
+                "patch": self.guard.facts,
+                "strength": self.strength,
+                "versions": versions(),
+            }
         )
 
-    def _check_input(self, name: str, tensor: Tensor) -> None:
-        if role_of(self.model.tensors[name]).kind != "buffer":
-            check_input(tensor, name=name, role="fine-tuned", source=self.model.source)
-
-    def _chunks(self, name: str) -> list[tuple[int, int] | None]:
-        info = self.merged.tensors[name]
-        if not info.shape:
-            return [None]
-        width = max(1, info.nbytes // max(1, info.numel))
-        return list(row_chunks(info.shape, STREAM_BYTES // width))
+    def _check_belongs(self) -> list[str]:
+        """Check that the patch was made for this model; returns what else is to be said."""
+        patch, model = self.patch, self.model
+        belongs = patch.belongs_to(model, self.progress)
+        if belongs == "yes":
+            return []
+        other = f"{patch.source} was made for other weights than those of {model.source}"
+        if belongs == "unknown":
+            other = (
+                f"{patch.source} does not record the model it was made for: whether it belongs to "
+                f"{model.source} is not checked"
+            )
+        elif not self.request.force:
+            raise MismatchError(
+                f"{patch.source} was made for {patch.model_name or 'another model'}: its record "
+                f"names other weights than those of {model.source}",
+                "give the model it was made for (realign patch inspect names it), or --force",
+            )
+        self.progress.note(other)
+        return [other]
 
     def _manifest(
         self,
-        inputs: Mapping[str, Any],
         rows: Sequence[TensorRow],
+        copied: Sequence[str],
         notes: Sequence[str],
         output: OutputFolder,
-        layout: Sequence[ShardLayout],
     ) -> dict[str, Any]:
         made = self.patch.manifest or {}
-        edited = {row.tensor for row in rows}
-        names = [name for name in self.merged.tensors if name not in edited]
         return {
             "schema": MANIFEST_SCHEMA,
             "kind": "checkpoint",
-            "inputs": inputs,
+            "inputs": {
+                "finetuned": _input(self.model, self.sources.hashes(self.progress)["finetuned"]),
+                "patch": {
+                    "source": self.patch.source,
+                    "commit": self.patch.commit,
+                    "kind": "patch",
+                    "files": {ADAPTER_WEIGHTS: self.guard.digest},
+                },
+            },
             # A second repair by the method behind the patch is a second repair.
             "method": made.get("method") or {"name": "patch", "source": "", "settings": {}},
             "safety_vector": made.get("safety_vector"),
             "scope": made.get("scope"),
             "strength": self.strength,
-            "patch": {"sha256": self.digest, "source": self.patch.source},
+            "patch": {"sha256": self.guard.digest, "source": self.patch.source},
             "notes": list(notes),
             "versions": versions(),
             "command": list(redact_command(self.request.command)),
-            "totals": totals_of(rows, copied=len(names)).to_json(),
+            "totals": totals_of(rows, copied=len(copied)).to_json(),
             "tensors": [row.to_json() for row in rows],
-            "copied": dict.fromkeys(names, "not in the patch"),
-            "output": {"files": output.hashes, "tensors": tensor_list(layout)},
+            "copied": dict.fromkeys(copied, "not in the patch"),
+            "output": {"files": output.hashes, "tensors": tensor_list(output.layout)},
         }
-
-
-def _products(
-    factors: Sequence[Factors],
-) -> Iterator[tuple[Callable[[Tensor], Tensor], LowRank, float]]:
-    """Views of a stored tensor, each with the one product that is added to it."""
-    if len(factors) == 1:
-        (only,) = factors
-        if only.stacked:
-            for e in range(only.rows):
-                yield _expert(e, only.transposed), LowRank(only.b[e], only.a[e]), only.scale
-            return
-        yield _upright(only.transposed), LowRank(only.b, only.a), only.scale
-        return
-    # Both sides of tied embeddings: one sum, so that the matrix is rounded once.
-    left = [(each.a.T if each.transposed else each.b) * each.scale for each in factors]
-    right = [each.b.T if each.transposed else each.a for each in factors]
-    yield _upright(False), LowRank(torch.cat(left, 1), torch.cat(right)), 1.0
-
-
-def _expert(index: int, transposed: bool) -> Callable[[Tensor], Tensor]:
-    return (lambda stored: stored[index].T) if transposed else (lambda stored: stored[index])
-
-
-def _upright(transposed: bool) -> Callable[[Tensor], Tensor]:
-    return (lambda stored: stored.T) if transposed else (lambda stored: stored)
 
 
 def _input(model: Checkpoint, hashes: Mapping[str, str]) -> dict[str, Any]:
@@ -328,23 +250,3 @@ def _check_first(patch: PatchFile, model: Checkpoint, digest: str, *, force: boo
             f"{patch.source} has been applied to {model.source} already (see its realign.json)",
             "to change its strength, apply it to the fine-tune again; --force adds it once more",
         )
-
-
-def _check_belongs(
-    patch: PatchFile, model: Checkpoint, *, force: bool, progress: Progress
-) -> list[str]:
-    belongs = patch.belongs_to(model, progress)
-    if belongs == "yes":
-        return []
-    if belongs == "unknown":
-        return [
-            f"{patch.source} does not record the model it was made for: whether it belongs to "
-            f"{model.source} is not checked"
-        ]
-    if not force:
-        raise MismatchError(
-            f"{patch.source} was made for {patch.model_name or 'another model'}: its record names "
-            f"other weights than those of {model.source}",
-            "give the model it was made for (realign patch inspect names it), or --force",
-        )
-    return [f"{patch.source} was made for other weights than those of {model.source}"]

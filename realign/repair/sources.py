@@ -41,10 +41,10 @@ class Sources:
         for checkpoint in checkpoints.values():
             self._guard.compare(checkpoint.tensors.values())
         self._small = {role: _small_files(each) for role, each in checkpoints.items()}
-        hashes = StreamHashes(None if store is None else HashStore(store))
-        hashes.expect(weights)
+        self._stream = StreamHashes(None if store is None else HashStore(store))
+        self._stream.expect(weights)
         for checkpoint in checkpoints.values():
-            checkpoint.watch(hashes)
+            checkpoint.watch(self._stream)
 
     @property
     def identities(self) -> dict[str, dict[str, str]]:
@@ -61,6 +61,10 @@ class Sources:
             }
             found[role] = {**self._small[role], **weights}
         return found
+
+    def unhashed(self) -> int:
+        """Bytes of weight files that `hashes` would have to read by now."""
+        return sum(self._stream.rest(file) for file in self._guard.identities)
 
     def hashes(self, progress: Progress = SILENT) -> dict[str, Mapping[str, str]]:
         """SHA-256 of every file by role and relative name; reads what nothing has read so far.

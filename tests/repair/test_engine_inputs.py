@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from support.changes_support import During, last_shard, other_header, other_numbers, replaced
 from support.repair_support import Trio, folder_bytes
 
 from realign.checkpoint import hashing
 from realign.checkpoint.manifest import read_manifest, sha256_file
 from realign.errors import InputChangedError
-from realign.progress import SilentProgress
 from realign.repair.engine import repair
 from realign.repair.request import RepairRequest
-
-
-class _During(SilentProgress):
-    """Calls something when the first bytes of the output are written."""
-
-    def __init__(self, action: Callable[[], None]) -> None:
-        self._action: Callable[[], None] | None = action
-
-    @contextmanager
-    def task(self, description: str, *, total: float | None, unit: str = "") -> Iterator[object]:
-        with super().task(description, total=total, unit=unit) as silent:
-            watched = description in {"repairing", "computing the patch"}
-            yield self if watched else silent
-
-    def advance(self, amount: float = 1.0) -> None:
-        action, self._action = self._action, None
-        if action is not None:
-            action()
 
 
 @pytest.fixture
@@ -58,46 +37,23 @@ def _request(trio: Trio, output: Path, **options: object) -> RepairRequest:
     return RepairRequest(**{"finetuned": trio.finetuned, **usual, **options})
 
 
-def _last_shard(folder: Path) -> Path:
-    return sorted(folder.glob("*.safetensors"))[-1]
-
-
-def _other_numbers(file: Path) -> None:
-    """The same size and the same time of change, other numbers."""
-    times = file.stat()
-    data = bytearray(file.read_bytes())
-    data[-2] ^= 1
-    file.write_bytes(bytes(data))
-    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
-
-
-def _other_header(file: Path) -> None:
-    save_file({name: value.reshape(-1) for name, value in load_file(file).items()}, file)
-
-
-def _replaced(file: Path) -> None:
-    copy = file.with_name("copy.tmp")
-    shutil.copyfile(file, copy)
-    copy.replace(file)
-
-
 @pytest.mark.parametrize("role", ["finetuned", "aligned", "base"])
-@pytest.mark.parametrize("change", [_other_numbers, _other_header, _replaced, Path.unlink])
+@pytest.mark.parametrize("change", [other_numbers, other_header, replaced, Path.unlink])
 def test_an_input_that_changes_is_named_and_nothing_is_written(
     trio: Trio, tmp_path: Path, role: str, change: Callable[[Path], None]
 ) -> None:
-    file = _last_shard(getattr(trio, role))
+    file = last_shard(getattr(trio, role))
     with pytest.raises(InputChangedError) as caught:
-        repair(_request(trio, tmp_path / "out"), progress=_During(lambda: change(file)))
+        repair(_request(trio, tmp_path / "out"), progress=During(lambda: change(file)))
     assert str(file) in caught.value.message and caught.value.exit_code == 2
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
 def test_a_patch_does_not_mix_two_states_either(trio: Trio, tmp_path: Path) -> None:
-    file = _last_shard(trio.base)
+    file = last_shard(trio.base)
     request = _request(trio, tmp_path / "out", method="replace", patch=True)
     with pytest.raises(InputChangedError, match="changed while"):
-        repair(request, progress=_During(lambda: _other_numbers(file)))
+        repair(request, progress=During(lambda: other_numbers(file)))
     assert not [path.name for path in tmp_path.iterdir() if "out" in path.name]
 
 
@@ -105,7 +61,7 @@ def test_a_small_file_that_changes_counts_as_well(trio: Trio, tmp_path: Path) ->
     config = trio.finetuned / "config.json"
     change = lambda: config.write_text(config.read_text() + "\n")  # noqa: E731
     with pytest.raises(InputChangedError, match=r"config\.json"):
-        repair(_request(trio, tmp_path / "out"), progress=_During(change))
+        repair(_request(trio, tmp_path / "out"), progress=During(change))
 
 
 @pytest.mark.parametrize("method", ["resta", "replace"])
@@ -128,7 +84,7 @@ def test_an_input_that_changed_before_a_resumed_run_starts_afresh(
     def stop() -> None:
         raise KeyboardInterrupt
 
-    class _Late(_During):
+    class _Late(During):
         def advance(self, amount: float = 1.0) -> None:
             self.seen = getattr(self, "seen", 0.0) + amount
             if self.seen > 25_000:
@@ -137,7 +93,7 @@ def test_an_input_that_changed_before_a_resumed_run_starts_afresh(
     with pytest.raises(KeyboardInterrupt):
         repair(_request(trio, tmp_path / "out"), progress=_Late(stop))
     assert (tmp_path / ".out.realign-partial" / "journal.json").is_file()
-    _other_numbers(sorted(trio.aligned.glob("*.safetensors"))[0])
+    other_numbers(sorted(trio.aligned.glob("*.safetensors"))[0])
     repair(_request(trio, tmp_path / "out"))
     repair(_request(trio, tmp_path / "whole"))
     assert folder_bytes(tmp_path / "out") == folder_bytes(tmp_path / "whole")

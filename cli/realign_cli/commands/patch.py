@@ -142,7 +142,8 @@ def scale(
     offline: Offline = False,
 ) -> int | None:
     """Write the patch with another strength."""
-    from realign.repair.patch_file import open_patch, scale_patch
+    from realign.repair.patch_file import open_patch
+    from realign.repair.patch_scale import scale_patch
 
     opened = open_patch(patch, offline=offline, progress=sink.progress)
     scale_patch(
