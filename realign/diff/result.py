@@ -74,6 +74,11 @@ class Row:
         return None if self.terms is None else self.terms.figures()
 
     @property
+    def one_sided(self) -> bool:
+        """Whether only one of the checkpoints has it."""
+        return self.status in ("only_a", "only_b")
+
+    @property
     def floating(self) -> bool:
         """Whether both sides hold floating-point numbers."""
         return self.dtype_a in FLOATS and self.dtype_b in FLOATS

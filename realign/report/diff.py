@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 from realign.diff.compare import SMALL
 from realign.diff.files import FileChange, KeyChange
 from realign.diff.result import Difference, Group, Row
-from realign.report.tables import plain_table
+from realign.report.diff_sides import one_sided_lines
+from realign.report.tables import elide, fit, plain_table
 from realign.report.words import MISSING
 
 if TYPE_CHECKING:
@@ -23,6 +24,10 @@ ORDERS: tuple[Order, ...] = get_args(Order)
 
 _WIDE = 110
 _BAR = 12
+_BARS = ""
+"""The title over bars."""
+_DROP = ("top share", "stable", "norm(A)", "max", "norm(B-A)", _BARS, "rank")
+"""Columns that give way to long names, the first one first."""
 _MOST_FILE_LINES = 24
 _STATUS = {
     "identical": "identical",
@@ -49,14 +54,17 @@ def diff_tables(
 
     parts: list[RenderableType] = [Text(line) for line in _sides(found)]
     parts += [Text(line, style="bold") for line in headline(found)]
-    shown = ranked(found.rows, order=order)
+    shown = [row for row in ranked(found.rows, order=order) if not row.one_sided]
+    parts += [Text(line) for line in one_sided_lines(found.rows)]
     if shown and top > 0:
         parts += ["", tensors_table(shown[:top], total=len(shown), order=order, width=width)]
     if not found.same_weights:
-        if found.layers:
-            parts += ["", groups_table(found.layers, "layer", found, width=width)]
-        most = sorted(found.modules, key=lambda each: -(each.figures.relative or 0.0))
-        parts += ["", groups_table(most, "module", found, width=width)]
+        layers, modules = compared(found.layers), compared(found.modules)
+        if layers:
+            parts += ["", groups_table(layers, "layer", found, width=width)]
+        most = sorted(modules, key=lambda each: -(each.figures.relative or 0.0))
+        if most:
+            parts += ["", groups_table(most, "module", found, width=width)]
     if found.files:
         parts += ["", files_table(found.files)]
     notes = [Text(line, style="dim") for line in (*found.remarks, *_footnotes(found))]
@@ -92,15 +100,15 @@ def headline(found: Difference) -> Iterator[str]:
 
 
 def ranked(rows: Sequence[Row], *, order: Order) -> list[Row]:
-    """Return the rows that are not identical, the most changed first."""
+    """Return the rows that are not identical, the most changed first, one-sided ones last."""
     changed = [row for row in rows if row.status != "identical"]
     if order == "file":
         return changed
 
     def key(row: Row) -> float:
         figures = row.figures
-        if figures is None:  # nothing to compare: a missing tensor is the largest change there is
-            return float("inf")
+        if figures is None:  # another shape is the largest change that a tensor can show
+            return float("-inf") if row.one_sided else float("inf")
         value = {
             "relative": figures.relative,
             "norm": figures.norm_delta,
@@ -113,6 +121,16 @@ def ranked(rows: Sequence[Row], *, order: Order) -> list[Row]:
     return sorted(changed, key=key, reverse=True)
 
 
+def compared(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups in which there was something to compare."""
+    return [group for group in groups if group.tensors]
+
+
+def summary(found: Difference) -> str:
+    """Return the result in one line, for logs."""
+    return "; ".join(headline(found))
+
+
 def tensors_table(rows: Sequence[Row], *, total: int, order: Order, width: int) -> Table:
     """Return one row per tensor: what happened, how far it moved, in how many directions."""
     from rich.text import Text
@@ -120,35 +138,45 @@ def tensors_table(rows: Sequence[Row], *, total: int, order: Order, width: int) 
     wide = width >= _WIDE
     spectra = any(row.spectra for row in rows)
     title = "Tensors that differ" if order == "file" else f"Tensors that differ, by {order}"
-    table = plain_table(title if total == len(rows) else f"{title}: {len(rows)} of {total}")
-    table.add_column("tensor", overflow="fold", ratio=1)
+    cells = [_cells(row, wide=wide) for row in rows]
     titles = ["relative", "cosine"]
     titles += ["norm(B-A)", "max"] if wide else []
     titles += ["changed"]
     titles += ["rank"] if spectra else []
     titles += ["stable", "top share"] if spectra and wide else []
-    for each in titles:
+    columns = {each: [each, *(row.get(each, "") for row in cells)] for each in titles}
+    kept, room = fit(
+        ["tensor", *(row.name for row in rows)],
+        columns,
+        droppable=[each for each in _DROP if each in columns],
+        width=width,
+    )
+    table = plain_table(title if total == len(rows) else f"{title}: {len(rows)} of {total}")
+    table.add_column("tensor", no_wrap=True)
+    for each in kept:
         table.add_column(each, justify="right", no_wrap=True)
-    for row in rows:
-        table.add_row(Text(row.name), *_cells(row, wide=wide, spectra=spectra))
+    for row, figures in zip(rows, cells, strict=True):
+        table.add_row(Text(elide(row.name, room)), *(figures.get(each, "") for each in kept))
     return table
 
 
-def _cells(row: Row, *, wide: bool, spectra: bool) -> list[str]:
+def _cells(row: Row, *, wide: bool) -> dict[str, str]:
+    """The cells of a tensor by title."""
     figures = row.figures
     if figures is None:
-        return [status_text(row)]
-    cells = [percent(figures.relative), decimal(figures.cosine)]
-    cells += [short(figures.norm_delta), short(figures.largest)] if wide else []
-    cells += [share(figures.changed, figures.entries)]
-    if spectra:
-        one = row.spectra[0] if len(row.spectra) == 1 else None
-        several = f"{len(row.spectra)} parts" if row.spectra else ""
-        cells.append(f"{one.effective_rank:.1f}" if one else several)
-        if wide:
-            cells.append(f"{one.stable_rank:.1f}" if one else "")
-            cells.append(percent(one.top_share) if one else "")
-    return cells
+        return {"relative": status_text(row) if wide else "of another shape"}
+    one = row.spectra[0] if len(row.spectra) == 1 else None
+    several = f"{len(row.spectra)} parts" if row.spectra else ""
+    return {
+        "relative": percent(figures.relative),
+        "cosine": decimal(figures.cosine),
+        "norm(B-A)": short(figures.norm_delta),
+        "max": short(figures.largest),
+        "changed": share(figures.changed, figures.entries),
+        "rank": f"{one.effective_rank:.1f}" if one else several,
+        "stable": f"{one.stable_rank:.1f}" if one else "",
+        "top share": percent(one.top_share) if one else "",
+    }
 
 
 def status_text(row: Row) -> str:
@@ -169,29 +197,42 @@ def groups_table(
     wide = width >= _WIDE
     bar = _BAR if wide else _BAR // 2
     ranks = effective_ranks(found, what)
-    table = plain_table(f"By {what}")
-    table.add_column(what, justify="right" if what == "layer" else "left", overflow="fold")
-    drawn = wide or what == "layer"
-    titles = ["differ", "relative", *([""] if drawn else []), "cosine"]
+    titles = ["differ", "relative", *([_BARS] if wide or what == "layer" else []), "cosine"]
     titles += ["norm(A)", "norm(B-A)", "max"] if wide else []
     titles += ["changed"]
     titles += ["rank"] if ranks else []
-    for each in titles:
-        table.add_column(each, justify="left" if each == "" else "right", no_wrap=True)
     largest = max((group.figures.relative or 0.0 for group in groups), default=0.0)
+    cells: list[dict[str, str]] = []
     for group in groups:
         figures = group.figures
         length = round(bar * (figures.relative or 0.0) / largest) if largest else 0
-        table.add_row(
-            Text(group.key),
-            f"{group.changed} of {group.tensors}",
-            percent(figures.relative),
-            *((Text("#" * length, style="dim"),) if drawn else ()),
-            decimal(figures.cosine),
-            *(map(short, (figures.norm_a, figures.norm_delta, figures.largest)) if wide else ()),
-            share(figures.changed, figures.entries),
-            *((ranks.get(group.key, ""),) if ranks else ()),
+        cells.append(
+            {
+                "differ": f"{group.changed} of {group.tensors}",
+                "relative": percent(figures.relative),
+                _BARS: "#" * length,
+                "cosine": decimal(figures.cosine),
+                "norm(A)": short(figures.norm_a),
+                "norm(B-A)": short(figures.norm_delta),
+                "max": short(figures.largest),
+                "changed": share(figures.changed, figures.entries),
+                "rank": ranks.get(group.key, ""),
+            }
         )
+    columns = {each: [each, *(row[each] for row in cells)] for each in titles}
+    kept, room = fit(
+        [what, *(group.key for group in groups)],
+        columns,
+        droppable=[each for each in _DROP if each in columns],
+        width=width,
+    )
+    table = plain_table(f"By {what}")
+    table.add_column(what, justify="right" if what == "layer" else "left", no_wrap=True)
+    for each in kept:
+        table.add_column(each, justify="left" if each == _BARS else "right", no_wrap=True)
+    for group, row in zip(groups, cells, strict=True):
+        shown = (Text(row[each], style="dim" if each == _BARS else "") for each in kept)
+        table.add_row(Text(elide(group.key, room)), *shown)
     return table
 
 

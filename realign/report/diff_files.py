@@ -10,6 +10,7 @@ from realign._version import __version__
 from realign.checkpoint.writer import OutputFolder
 from realign.diff.result import Difference
 from realign.report.diff import (
+    compared,
     decimal,
     effective_ranks,
     headline,
@@ -67,6 +68,8 @@ def render_page(found: Difference) -> str:
         .get_template("diff.html.j2")
         .render(
             found=found,
+            layers=compared(found.layers),
+            modules=compared(found.modules),
             version=__version__,
             sides=[(label, side) for label, side in sides if side is not None],
             headline=list(headline(found)),

@@ -55,6 +55,19 @@ def test_exit_code_is_1_where_anything_differs(tmp_path: Path) -> None:
     assert "rope_theta" in result.stdout and "-> 7.0" in result.stdout
 
 
+def test_quiet_is_one_line(tmp_path: Path) -> None:
+    found = realign("diff", A, B, "--exit-code", "--quiet")
+    assert found.exit_code == 1 and not found.stderr
+    (line,) = found.stdout.splitlines()
+    assert line.startswith("29 tensors: 28 changed, 1 identical; relative change 4.69 %")
+    same = realign("diff", A, A, "--exit-code", "-q")
+    assert same.exit_code == 0
+    assert same.stdout == "identical: every tensor, config and tokenizer file\n"
+    other = damaged("base", tmp_path, config=lambda c: c.update(rope_theta=7.0))
+    (line,) = realign("diff", model("base"), other, "-q").stdout.splitlines()
+    assert line == "the weights are identical, bit by bit; 1 small file differs"
+
+
 def test_the_files_of_a_comparison(tmp_path: Path) -> None:
     out = tmp_path / "out"
     result = realign("diff", A, B, "-o", out)

@@ -43,8 +43,9 @@ singular values. Matrices up to 256 wide are decomposed by default; `--spectra` 
 for wide ones is most of the work.
 
 Configs, generation configs, tokenizer files and chat templates are compared by content, JSON key by
-key. Model cards are not compared. See [docs/diff.md](../diff.md) for an example and for the schema
-of `diff.json`.
+key. Model cards are not compared. Tensors that only one side has are counted in one line per side,
+and listed by `--json`. With `--quiet` the result is one line. See [docs/diff.md](../diff.md) for an
+example and for the schema of `diff.json`.
 
 Exit codes: 0 compared, whatever was found; with `--exit-code` 1 if anything differs; 2 could not
 compare.
@@ -120,7 +121,7 @@ def diff(
     offline: Offline = False,
 ) -> int | None:
     """Show what changed between two checkpoints: norms, cosines, spectra, config, tokenizer."""
-    from realign.report.diff import ORDERS, Order, diff_tables
+    from realign.report.diff import ORDERS, Order, diff_tables, summary
 
     orders: dict[str, Order] = {str(each): each for each in ORDERS}
     if sort not in orders:
@@ -150,7 +151,10 @@ def diff(
         local = [Path(each) for each in (a, b, reference) if each and Path(each).is_dir()]
         written = write_diff_files(found, out, inputs=local)
     sink.document(found.to_json())
-    sink.show(*diff_tables(found, top=top, order=orders[sort], width=sink.out.width))
+    if sink.quiet:
+        sink.line(summary(found))
+    else:
+        sink.show(*diff_tables(found, top=top, order=orders[sort], width=sink.out.width))
     for path in written:
         sink.line(str(path))
     return 1 if exit_code and not found.identical else 0
