@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from realign.subspace.entropy import energy_rank, total_entropy
 from realign.subspace.projector import basis_overlap, degenerate_cut
 from realign.subspace.spectrum import decompose, numerical_rank
+from realign.subspace.sums import Sums, ratio
 from realign.subspace.vectors import difference, inner, squared_norm
 
 DEFAULT_SIZE = 32
@@ -38,7 +39,7 @@ STORAGE_PRECISION = {torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 
 
 @dataclass(frozen=True)
-class DriftTerms:
+class DriftTerms(Sums):
     """Numerators and denominators of one matrix, or their sums over several.
 
     P is the projector on the k leading left singular vectors of a. Terms that need a base are 0
@@ -92,36 +93,31 @@ class DriftTerms:
     entropy: float = 0.0
     below_storage_precision: int = 0
 
-    def __add__(self, other: DriftTerms) -> DriftTerms:
-        return DriftTerms(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
     def metrics(self) -> DriftMetrics:
         """Return the ratios; None where the denominator is 0."""
-        r_align = _root(_ratio(self.projected_alignment, self.alignment))
-        r_ft = _root(_ratio(self.projected_total, self.total))
-        published_align = _ratio(self.published_alignment, self.published)
-        published_ft = _ratio(self.published_total, self.published)
-        entropy = _ratio(self.entropy, self.task_spectral)
-        retained = _ratio(self.cross, self.alignment)
+        r_align = _root(ratio(self.projected_alignment, self.alignment))
+        r_ft = _root(ratio(self.projected_total, self.total))
+        published_align = ratio(self.published_alignment, self.published)
+        published_ft = ratio(self.published_total, self.published)
+        entropy = ratio(self.entropy, self.task_spectral)
+        retained = ratio(self.cross, self.alignment)
         return DriftMetrics(
             matrices=self.matrices,
-            relative_distance=_root(_ratio(self.task, self.reference)),
+            relative_distance=_root(ratio(self.task, self.reference)),
             alignment_retained=None if retained is None else 1.0 + retained,
-            cosine=_ratio(self.cross, math.sqrt(self.task_aligned) * math.sqrt(self.alignment)),
-            subspace_share=_root(_ratio(self.projected_task, self.task_aligned)),
-            subspace_energy=_ratio(self.projected_task, self.task_aligned),
-            excess=_ratio(self.projected_task, self.chance),
+            cosine=ratio(self.cross, math.sqrt(self.task_aligned) * math.sqrt(self.alignment)),
+            subspace_share=_root(ratio(self.projected_task, self.task_aligned)),
+            subspace_energy=ratio(self.projected_task, self.task_aligned),
+            excess=ratio(self.projected_task, self.chance),
             r_align=r_align,
             r_ft=r_ft,
             lox_ratio=_quotient(r_ft, r_align),
             lox_published=_quotient(published_ft, published_align),
             entropy=entropy,
             effective_rank=None if entropy is None else math.exp(entropy),
-            stable_rank=_ratio(self.task_spectral, self.top_energy),
-            overlap=_ratio(self.cosines, self.compared),
-            overlap_chance=_ratio(self.expected_cosines, self.compared),
+            stable_rank=ratio(self.task_spectral, self.top_energy),
+            overlap=ratio(self.cosines, self.compared),
+            overlap_chance=ratio(self.expected_cosines, self.compared),
             below_storage_precision=self.below_storage_precision,
         )
 
@@ -321,14 +317,10 @@ def _row_energies(u_or: Tensor, m_oi: Tensor) -> Tensor:
     return (u_or.to(m_oi).T @ m_oi).to(torch.float64).square().sum(dim=1)
 
 
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator > 0.0 else None
-
-
 def _quotient(numerator: float | None, denominator: float | None) -> float | None:
     if numerator is None or denominator is None:
         return None
-    return _ratio(numerator, denominator)
+    return ratio(numerator, denominator)
 
 
 def _root(value: float | None) -> float | None:

@@ -19,20 +19,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from realign.subspace.drift import STORAGE_PRECISION
 from realign.subspace.spectrum import Triplets
+from realign.subspace.sums import Sums, ratio
 
 BLOCK = 2**17
 """Entries worked on at once: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
-class FamilyTerms:
+class FamilyTerms(Sums):
     """Numerators and denominators of one matrix, or their sums over several.
 
     Attributes:
@@ -61,22 +62,17 @@ class FamilyTerms:
     k: int = 0
     below_storage_precision: int = 0
 
-    def __add__(self, other: FamilyTerms) -> FamilyTerms:
-        return FamilyTerms(
-            **{f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
-        )
-
     def metrics(self) -> FamilyMetrics:
         """Return the ratios; None where the denominator is 0."""
-        distance = _ratio(self.task, self.reference)
-        squared = _ratio(self.projected, self.known_task)
-        retained = _ratio(self.cross, self.alignment)
+        distance = ratio(self.task, self.reference)
+        squared = ratio(self.projected, self.known_task)
+        retained = ratio(self.cross, self.alignment)
         return FamilyMetrics(
             matrices=self.matrices,
             relative_distance=None if distance is None else math.sqrt(distance),
             energy=None if squared is None else math.sqrt(squared),
             energy_squared=squared,
-            excess=_ratio(self.projected, self.chance),
+            excess=ratio(self.projected, self.chance),
             retained_k=None if retained is None else 1.0 + retained,
             k=self.k,
             known=self.known,
@@ -217,7 +213,3 @@ def merge_family(terms: Iterable[FamilyTerms]) -> FamilyTerms:
 def _squared(block: Tensor) -> float:
     """The sum of squares: along rows in the block's dtype, over them in float64."""
     return float(torch.linalg.vector_norm(block, dim=1).to(torch.float64).square().sum())
-
-
-def _ratio(numerator: float, denominator: float) -> float | None:
-    return numerator / denominator if denominator > 0.0 else None
