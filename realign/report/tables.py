@@ -6,7 +6,7 @@ Here: the empty table, and what of a table with long names fits a width. Not her
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,12 +19,20 @@ _LEAST = 12
 _NUMBER = re.compile(r"(?<![^.])\d+\.")
 
 
-def plain_table(title: str) -> Table:
-    """Return an empty table with a bold title on the left."""
+def plain_table(
+    title: str | None = None, *, left: Iterable[str] = (), right: Iterable[str] = ()
+) -> Table:
+    """Return an empty table with a bold title on the left.
+
+    Args:
+        title: None for a table that needs none.
+        left: the first columns, of words.
+        right: the columns after them, of numbers.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    return Table(
+    table = Table(
         title=title,
         title_justify="left",
         title_style="bold",
@@ -33,6 +41,11 @@ def plain_table(title: str) -> Table:
         show_edge=False,
         header_style="dim",
     )
+    for name in left:
+        table.add_column(name)
+    for name in right:
+        table.add_column(name, justify="right")
+    return table
 
 
 def fit(
