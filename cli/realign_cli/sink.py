@@ -75,7 +75,8 @@ class Sink:
     def note(self, text: str) -> None:
         """Write a passing remark to standard error, unless `--quiet`."""
         if not self.quiet:
-            self.err.print(text, markup=False, highlight=False, style="dim")
+            # Unwrapped: a hint is a command to be copied.
+            self.err.print(text, markup=False, highlight=False, style="dim", soft_wrap=True)
 
     def fail(self, text: str) -> None:
         """Write one line of an error to standard error."""

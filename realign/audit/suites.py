@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -195,12 +196,13 @@ def load_suite(source: str | Path, *, kind: SuiteKind | None = None) -> Suite:
     if known is None and kind is None:
         raise UsageError(
             f"{path}: the suite has no header that says its kind",
-            f"give it as --suite KIND={path} with a kind of: {', '.join(SUITE_KINDS)}",
+            f"give it as --suite KIND={shlex.quote(str(path))} with a kind of: "
+            + ", ".join(SUITE_KINDS),
         )
     if known is not None and kind is not None and known != kind:
         raise SuiteError(
             f"{path}: the header says kind {known!r}, the command says {kind!r}",
-            f"give it as --suite {path}, or correct the header",
+            f"give it as --suite {shlex.quote(str(path))}, or correct the header",
         )
     items = _parse_items(path, lines)
     rule = cast("Mapping[str, str] | None", header.get("rule"))

@@ -11,6 +11,7 @@ head of its own and its config says so.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from threading import Lock
@@ -293,13 +294,14 @@ def _open_base(
     name = config.get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise NotFoundError(
-            f"{folder / ADAPTER_CONFIG} names no base model", f"name it: BASE+{folder}"
+            f"{folder / ADAPTER_CONFIG} names no base model",
+            f"name it: BASE+{shlex.quote(str(folder))}",
         )
     for place in _places(name, folder):
         if place.resolve() == folder.resolve():
             raise CheckpointError(
                 f"{folder / ADAPTER_CONFIG} names the adapter itself as its base",
-                f"name the base: BASE+{folder}",
+                f"name the base: BASE+{shlex.quote(str(folder))}",
             )
         if place.is_dir():
             return open_checkpoint(place, offline=offline, progress=progress)
@@ -313,7 +315,7 @@ def _open_base(
     except CheckpointError as error:
         raise type(error)(
             f"the base of the adapter {folder} cannot be opened: {error.message}",
-            f"{error.hint}; or name the base yourself: BASE+{folder}",
+            f"{error.hint}; or name the base yourself: BASE+{shlex.quote(str(folder))}",
         ) from error
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from realign.checkpoint.headers import DTYPES, FLOATS
 from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.space import size_text
 from realign.errors import OutputError, UsageError
 
 _CHUNK = 8 * 2**20
@@ -198,7 +199,7 @@ def disk_error(error: OSError, path: Path, needed: int) -> OutputError:
     """What to tell when writing fails."""
     if error.errno in _NO_SPACE:
         return OutputError(
-            f"the disk is full: {path} needs {needed} bytes ({needed / 1e9:.2f} GB)",
+            f"the disk is full: {path} needs {needed} bytes ({size_text(needed)})",
             "free some space, or choose a folder on another disk",
         )
     return OutputError(

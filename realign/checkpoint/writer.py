@@ -17,7 +17,6 @@ Here: what an output consists of, and when it gets its name. Not here: whose the
 from __future__ import annotations
 
 import hashlib
-import shutil
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +35,7 @@ from realign.checkpoint.shards import (
     index_of,
     plan_layout,
 )
+from realign.checkpoint.space import require_space
 from realign.checkpoint.weights import INDEX_FILE
 from realign.errors import OutputError
 from realign.progress import SILENT, Progress
@@ -112,13 +112,7 @@ class OutputFolder:
         return sum(each.file_size for each in self.layout if each.filename not in finished)
 
     def _check_space(self) -> None:
-        needed, free = self._needed() + _SLACK, shutil.disk_usage(self.partial).free
-        if free < needed:
-            raise OutputError(
-                f"{self.partial.parent} has {free} bytes free ({free / 1e6:,.1f} MB), the output "
-                f"needs {needed} ({needed / 1e6:,.1f} MB)",
-                "free some space, or choose a folder on another disk",
-            )
+        require_space(self.partial.parent, self._needed() + _SLACK)
 
     def expect(self, layout: Sequence[ShardLayout]) -> None:
         """Say what the weight files will be, where that was not known when the folder was locked.

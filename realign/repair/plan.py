@@ -9,7 +9,7 @@ decide; of the tensors only a few rows are read, to tell equal or swapped models
 
 from __future__ import annotations
 
-import shutil
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from realign.checkpoint.manifest import read_manifest
 from realign.checkpoint.matching import Matching, TensorPair, match, same_weights
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.sidecars import has_vocabulary
+from realign.checkpoint.space import require_space
 from realign.checkpoint.writer import ShardLayout, check_target, plan_layout
 from realign.errors import (
     AlreadyRepairedError,
@@ -238,12 +239,7 @@ def check_place(output: Path, inputs: Inputs, *, written: int) -> None:
     place = next(folder for folder in output.expanduser().absolute().parents if folder.exists())
     if not place.is_dir():
         raise OutputError(f"{place} is not a folder", "choose another -o")
-    free = shutil.disk_usage(place).free
-    if free < written:
-        raise OutputError(
-            f"{place} has {free / 1e6:,.0f} MB free, the output needs {written / 1e6:,.0f} MB",
-            "free some space, or choose a folder on another disk",
-        )
+    require_space(place, written)
 
 
 def _check_needs(method: Method, inputs: Inputs) -> None:
@@ -264,7 +260,8 @@ def _how_to_give(role: str, inputs: Inputs) -> str:
         return f"give its folder or Hub id: --{role} ..."
     if (folder / named).exists():  # a path in an adapter's config counts from its own folder
         named = str((folder / named).resolve())
-    return f"the files of {finetuned.source} name {named}; if that is it: --{role} {named}"
+    option = f"--{role} {shlex.quote(named)}"
+    return f"the files of {finetuned.source} name {named}; if that is it: {option}"
 
 
 def _scope(asked: str | None, method: Method) -> Scope:

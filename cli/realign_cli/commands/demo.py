@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -188,7 +189,7 @@ def _check_family(folder: Path) -> None:
     if missing:
         raise NotFoundError(
             f"{folder} is no complete family: {missing[0]} is missing",
-            f"build one: realign lab build {folder} --preset small",
+            f"build one: realign lab build {shlex.quote(str(folder))} --preset small",
         )
 
 

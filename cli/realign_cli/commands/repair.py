@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -183,7 +184,13 @@ def repair(
         ),
     ] = None,
     force: Annotated[
-        bool, typer.Option("--force", metavar=FLAG, help="Repair what has been repaired already.")
+        bool,
+        typer.Option(
+            "--force",
+            metavar=FLAG,
+            help="Repair again with the method that has repaired FINETUNED already. Another method "
+            "before it is only remarked on.",
+        ),
     ] = False,
     audit: Annotated[
         bool,
@@ -330,7 +337,7 @@ def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: RepairGate | N
             "in the laboratory this setting did not repair poisoned fine-tunes (docs/results.md)"
         )
     if gate is None:
-        sink.note(NOT_MEASURED.format(out=out))
+        sink.note(NOT_MEASURED.format(out=shlex.quote(str(out))))
     else:
         for open_gate in gate.undecided():
             sink.warning(
