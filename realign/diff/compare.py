@@ -43,7 +43,7 @@ def compare(
         a: the first checkpoint; relative change is relative to it.
         b: the second.
         reference: a third one R, usually an ancestor of A: also give cos(B - A, A - R), over the
-            tensors that R holds in A's shape.
+            tensors that R holds in A's shape (or with more rows of a vocabulary).
         spectra: decompose the change of every matrix, of none, or of those whose smaller side is
             at most 256.
         directions: singular values to keep of each.
@@ -182,6 +182,6 @@ def _reference_remarks(reference: Checkpoint | None, rows: Iterable[Row]) -> Ite
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         yield (
-            f"{missing[0]}{more}: no counterpart of the same shape in the reference, left out "
+            f"{missing[0]}{more}: no counterpart that fits in the reference, left out "
             "of its cosines"
         )

@@ -51,7 +51,7 @@ def measure_pieces(
         pairs: what to read; those that are not comparable are passed over.
         a: the first checkpoint.
         b: the second.
-        reference: read where it holds A's tensor in A's shape.
+        reference: read where it holds A's tensor in A's shape, or more rows of a vocabulary.
         piece_bytes: about so much of one tensor at a time.
     """
     own = local()
@@ -83,8 +83,14 @@ def measure_pieces(
 
 
 def _fits(reference: Checkpoint, piece: _Piece) -> bool:
+    """Whether the reference holds all that is compared; its vocabulary may be longer."""
     there = reference.tensors.get(piece.a.name)
-    return there is not None and there.shape == piece.a.shape and piece.pair.rows is None
+    if there is None or there.shape == piece.a.shape:
+        return there is not None
+    if piece.pair.role.kind not in ("embedding", "head") or not there.shape or not piece.a.shape:
+        return False
+    compared = piece.a.shape[0] if piece.pair.rows is None else piece.pair.rows
+    return there.shape[0] >= compared and there.shape[1:] == piece.a.shape[1:]
 
 
 def _pieces(pairs: Sequence[Pair], piece_bytes: int) -> Iterator[_Piece]:

@@ -339,6 +339,24 @@ def test_what_the_reference_lacks_is_in_none_of_its_cosines(tmp_path: Path) -> N
         assert figures is not None and figures.cosine_reference is None
     assert found.remarks[-2:] == (
         f"{Q} holds NaN or infinity in the reference: left out of its cosines",
-        "lm_head.weight and 1 more: no counterpart of the same shape in the reference, left out "
-        "of its cosines",
+        "lm_head.weight and 1 more: no counterpart that fits in the reference, left out of its "
+        "cosines",
     )
+
+
+@pytest.mark.parametrize(("rows_b", "rows_r"), [(10, 13), (13, 13), (13, 10), (8, 9)])
+def test_a_reference_with_all_rows_that_are_compared_takes_part(
+    tmp_path: Path, rows_b: int, rows_r: int
+) -> None:
+    a = llama_tensors(seed=1)
+    b, r = llama_tensors(seed=2, vocabulary=rows_b), llama_tensors(seed=3, vocabulary=rows_r)
+    folders = [write_model(tmp_path / key, t) for key, t in (("a", a), ("b", b), ("r", r))]
+    found = difference(*folders[:2], reference=folders[2])
+    rows = min(10, rows_b)
+    x, y, z = (dense(each[EMBEDDINGS][:rows]) for each in (a, b, r))
+    figures = row(found, EMBEDDINGS).figures
+    assert figures is not None
+    assert figures.cosine_reference == pytest.approx(
+        (y - x) @ (x - z) / (np.linalg.norm(y - x) * np.linalg.norm(x - z)), rel=1e-12
+    )
+    assert not any("reference" in remark for remark in found.remarks)
