@@ -10,74 +10,28 @@ import pytest
 import torch
 import transformers
 from support.adapter_support import load, logits, with_adapter
-from support.expert_support import CONFIGS, make_experts
+from support.expert_support import make_experts
+from support.patch_support import check_patch, repair_to, roles_of, same_tensors
 from support.repair_support import Trio, read_folder
 
 from realign.checkpoint.reader import open_checkpoint
 from realign.errors import UsageError
-from realign.repair.engine import repair
 from realign.repair.patch_apply import ApplyRequest, apply_patch
-from realign.repair.patch_inspect import inspect_patch
-from realign.repair.request import RepairRequest
 
 TrioOf = Callable[..., Trio]
 
 
-def _repair(roles: dict[str, Path], output: Path, **options: Any) -> dict[str, Any]:
-    request: dict[str, Any] = {**roles, "method": "delta_svd", "settings": {"rank": 2}}
-    request |= {"device": "cpu", "output": output, **options}
-    return dict(repair(RepairRequest(**request)).manifest)
-
-
-def _of(trio: Trio) -> dict[str, Path]:
-    return {"base": trio.base, "aligned": trio.aligned, "finetuned": trio.finetuned}
-
-
-def _same_tensors(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == two.keys()
-    for name, tensor in two.items():
-        assert torch.allclose(one[name], tensor, atol=1e-6), name
-
-
-@pytest.mark.parametrize("arch", CONFIGS)
+@pytest.mark.parametrize("arch", ["mixtral", "granitemoe", "gpt_oss"])
 def test_patches_reach_experts(tmp_path: Path, arch: str) -> None:
     """Also where files hold single experts and the running model a stack of them."""
-    roles = make_experts(tmp_path, arch)
-    manifest = _repair(roles, tmp_path / "patch", patch=True, strength=0.7)
-    _repair(roles, tmp_path / "whole", strength=0.7)
-    repaired = logits(load(tmp_path / "whole"))
-    before = logits(load(roles["finetuned"]))
-    running = with_adapter(roles["finetuned"], tmp_path / "patch")
-    assert float((before - repaired).abs().max()) > 1e-3
-    assert torch.allclose(logits(running), repaired, atol=5e-5, rtol=1e-4)
-    assert torch.allclose(logits(running.merge_and_unload()), repaired, atol=5e-5, rtol=1e-4)
-    whole = read_folder(tmp_path / "whole")
-    with open_checkpoint(tmp_path / "patch") as merged:
-        _same_tensors({name: merged.read(name) for name in merged.tensors}, whole)
-    apply_patch(
-        ApplyRequest(
-            patch=tmp_path / "patch", model=roles["finetuned"], output=tmp_path / "applied"
-        )
-    )
-    _same_tensors(read_folder(tmp_path / "applied"), whole)
-    edited = sum((row["edit_norm"] or 0.0) ** 2 for row in manifest["tensors"])
-    seen = inspect_patch(tmp_path / "patch")
-    assert sum(each.norm**2 for each in seen.modules) == pytest.approx(edited, rel=1e-4)
-    assert seen.model_found == "yes"
+    check_patch(make_experts(tmp_path, arch), tmp_path, strength=0.7)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "phi3", "qwen2"])
+@pytest.mark.parametrize("arch", ["gpt2", "phi3"])
 def test_shards_do_not_matter(trio_of: TrioOf, tmp_path: Path, arch: str) -> None:
     trio = trio_of(arch, max_shard_size="20KB")
     assert len(list(trio.finetuned.glob("*.safetensors"))) > 1
-    _repair(_of(trio), tmp_path / "patch", patch=True)
-    _repair(_of(trio), tmp_path / "whole")
-    running = with_adapter(trio.finetuned, tmp_path / "patch")
-    assert torch.allclose(logits(running), logits(load(tmp_path / "whole")), atol=2e-5, rtol=1e-4)
-    apply_patch(
-        ApplyRequest(patch=tmp_path / "patch", model=trio.finetuned, output=tmp_path / "applied")
-    )
-    _same_tensors(read_folder(tmp_path / "applied"), read_folder(tmp_path / "whole"))
+    check_patch(roles_of(trio), tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +66,8 @@ def test_a_patch_finds_modules_that_files_name_otherwise(
 ) -> None:
     import peft
 
-    _repair(gemma, tmp_path / "patch", patch=True)
-    _repair(gemma, tmp_path / "whole")
+    repair_to(gemma, tmp_path / "patch", patch=True)
+    repair_to(gemma, tmp_path / "whole")
     kind = transformers.Gemma3ForConditionalGeneration
     plain = kind.from_pretrained(gemma["finetuned"]).eval()
     running = peft.PeftModel.from_pretrained(plain, tmp_path / "patch").eval()
@@ -121,22 +75,22 @@ def test_a_patch_finds_modules_that_files_name_otherwise(
     assert torch.allclose(logits(running), logits(repaired), atol=5e-5, rtol=1e-4)
     with open_checkpoint(tmp_path / "patch") as merged:
         whole = read_folder(tmp_path / "whole")
-        _same_tensors({name: merged.read(name) for name in merged.tensors}, whole)
+        same_tensors({name: merged.read(name) for name in merged.tensors}, whole)
 
 
 def test_tied_embeddings_are_no_patch(gemma: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="embeddings and output head"):
-        _repair(gemma, tmp_path / "patch", patch=True, scope="matrices")
+        repair_to(gemma, tmp_path / "patch", patch=True, scope="matrices")
     assert not (tmp_path / "patch").exists()
 
 
 def test_embeddings_and_head_of_their_own(trio_of: TrioOf, tmp_path: Path) -> None:
     trio = trio_of("qwen2")
     for name, options in (("patch", {"patch": True}), ("whole", {})):
-        _repair(_of(trio), tmp_path / name, scope="matrices", **options)
+        repair_to(roles_of(trio), tmp_path / name, scope="matrices", **options)
     running = with_adapter(trio.finetuned, tmp_path / "patch")
     assert torch.allclose(logits(running), logits(load(tmp_path / "whole")), atol=2e-5, rtol=1e-4)
     apply_patch(
         ApplyRequest(patch=tmp_path / "patch", model=trio.finetuned, output=tmp_path / "applied")
     )
-    _same_tensors(read_folder(tmp_path / "applied"), read_folder(tmp_path / "whole"))
+    same_tensors(read_folder(tmp_path / "applied"), read_folder(tmp_path / "whole"))
