@@ -83,11 +83,13 @@ def estimate_repair(
         for slot in pair.slots:
             largest = max(largest, math.prod(slot_shape(info.shape, slot)))
             rows = stored_rows(slot, info.shape)
-            held = max(held, block_bytes(info, rows, (slot,), inputs=1 + len(used)))
+            inputs_read, rank = 1 + len(used), fixed_rank(method)
+            held = max(held, block_bytes(info, rows, (slot,), inputs=inputs_read, rank=rank))
     files = [file for each in (finetuned, *used.values()) for file in each.weight_files]
     read = sum(file.stat().st_size for file in files)
     if not method.elementwise:
-        held = min(matrix_budget(largest, held), WORKERS * held)
+        # As many as are admitted at once; beside a large one only much smaller ones are.
+        held *= max(1, min(WORKERS, matrix_budget(largest, held) // max(1, held)))
     held += STREAM_BUDGET + _LIBRARY_BUFFERS
     if method.needs_anchors:
         model = sum(info.nbytes for info in used["aligned"].tensors.values())
@@ -102,8 +104,19 @@ def estimate_repair(
     )
 
 
+def fixed_rank(method: Method) -> int | None:
+    """How many directions a method keeps, where its settings say so; None: a rule decides."""
+    rank: object = getattr(method, "rank", None)
+    return rank if isinstance(rank, int) else None
+
+
 def block_bytes(
-    info: TensorInfo, rows: tuple[int, int], slots: Sequence[Slot], *, inputs: int
+    info: TensorInfo,
+    rows: tuple[int, int],
+    slots: Sequence[Slot],
+    *,
+    inputs: int,
+    rank: int | None = None,
 ) -> int:
     """Bytes held while the matrices in some stored rows are edited, one after the other.
 
@@ -112,16 +125,25 @@ def block_bytes(
         rows: the range of its first dimension that is read.
         slots: the matrices that lie in it.
         inputs: how many checkpoints are read, the fine-tune included.
+        rank: how many directions are kept of each; None: that depends on its spectrum.
     """
     share = (rows[1] - rows[0]) / max(1, info.shape[0] if info.shape else 1)
-    stored = int(info.nbytes * share)  # every checkpoint, and the result
-    return stored * (inputs + 1) + max(_working_bytes(info.shape, slot) for slot in slots)
+    stored = int(info.nbytes * share)
+    working = max(_working_bytes(info.shape, slot, rank) for slot in slots)
+    # The result takes memory when it is written into: after the working memory of a single matrix
+    # is freed, but beside that of the second of several.
+    return stored * inputs + (max(stored, working) if len(slots) == 1 else stored + working)
 
 
-def _working_bytes(shape: tuple[int, ...], slot: Slot) -> int:
-    """Beside what is stored, as measured: two float32 differences; the Gram and its vectors."""
+def _working_bytes(shape: tuple[int, ...], slot: Slot, rank: int | None) -> int:
+    """Beside what is stored: two float32 differences, the Gram with its reduction, the vectors.
+
+    Rules keep a third of all directions of a typical difference; see `methods.ranks`.
+    """
     d_out, d_in = slot_shape(shape, slot)
-    return 8 * d_out * d_in + 16 * min(d_out, d_in) ** 2
+    n = min(d_out, d_in)
+    kept = n // 3 if rank is None else min(rank, n)
+    return 8 * d_out * d_in + 8 * n * n + kept * (8 * n + 4 * (d_out + d_in))
 
 
 def matrix_budget(largest: int, cost: int) -> int:

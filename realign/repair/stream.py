@@ -19,7 +19,7 @@ from realign.checkpoint.matching import TensorPair
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, stored_rows
 from realign.repair.apply import row_chunks
-from realign.repair.estimate import STREAM_BYTES, block_bytes
+from realign.repair.estimate import STREAM_BYTES, block_bytes, fixed_rank
 from realign.repair.plan import Plan
 from realign.repair.request import Inputs
 
@@ -73,7 +73,9 @@ def cut_tensor(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Cut]:
                 slots = tuple(group)
                 assert start >= at, f"{slots[0].key} overlaps another block of its tensor"
                 yield from _chunks(pair, inputs, at, start)
-                cost = block_bytes(info, (start, stop), slots, inputs=len(roles))
+                cost = block_bytes(
+                    info, (start, stop), slots, inputs=len(roles), rank=fixed_rank(plan.method)
+                )
                 yield Cut(pair, start, stop, info.shape, roles, edit=True, cost=cost, slots=slots)
                 at = stop
     yield from _chunks(pair, inputs, at, total)
