@@ -11,11 +11,10 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.crash_support import Ended, Runs, make_family, runs
+from support.crash_support import Command, Ended, Runs
 from support.repair_support import folder_bytes
 
 from realign.checkpoint.verification import verify_output
@@ -23,18 +22,6 @@ from realign.checkpoint.verification import verify_output
 MOMENTS = 50
 SEED = 20_260
 STEPS = 20
-Command = list[str | Path]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with runs(tmp_path_factory.mktemp("logs")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +106,30 @@ def test_killed_before_steps_on_the_disk(server: Runs, command: Command, tmp_pat
     for step in chosen:
         hook = {"action": "kill", "step": step, "folder": str(work)}
         assert server.run([*command, "-o", out], hook).status == -signal.SIGKILL
+        if assert_nothing_or_whole(out):
+            shutil.rmtree(out)
+        resumed += "resuming: " in finish(server, command, out, expected).stderr
+    assert resumed >= 3
+
+
+def test_interrupted_before_steps_on_the_disk(
+    server: Runs, command: Command, tmp_path: Path
+) -> None:
+    """Ctrl-C while some thread is at a file: what is left is whole, and the next run goes on."""
+    work = tmp_path / "work"
+    work.mkdir()
+    out = work / "out"
+    ended = server.run([*command, "-o", out], {"folder": str(work)})
+    steps = int(ended.stderr.rpartition("steps: ")[2])
+    expected = folder_bytes(out)
+    shutil.rmtree(out)
+    resumed = 0
+    for step in range(1, steps, max(1, steps // STEPS)):
+        ended = server.run(
+            [*command, "-o", out], {"action": "interrupt", "step": step, "folder": str(work)}
+        )
+        assert ended.status in (0, 2), ended.stderr
+        assert ended.status == 0 or "error: interrupted" in ended.stderr, ended.stderr
         if assert_nothing_or_whole(out):
             shutil.rmtree(out)
         resumed += "resuming: " in finish(server, command, out, expected).stderr

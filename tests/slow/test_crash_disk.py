@@ -9,25 +9,12 @@ from pathlib import Path
 
 import pytest
 from support.cli_support import model
-from support.crash_support import Runs, fill_disk, make_family, runs
+from support.crash_support import Command, Runs, fill_disk
 from support.hub_server import Hub, Repository, serve
 from support.refusal_support import refused, repair
 from support.repair_support import folder_bytes
 
 from realign.checkpoint.verification import verify_output
-
-Command = list[str | Path]
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    with runs(tmp_path_factory.mktemp("logs")) as started:
-        yield started
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.fixture

@@ -9,12 +9,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.crash_support import Runs, make_family, runs
+from support.crash_support import Command, Runs, runs
 from support.repair_support import folder_bytes
 
 from realign.checkpoint.verification import verify_output
-
-Command = list[str | Path]
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +22,6 @@ def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Runs, Ru
             stack.enter_context(runs(tmp_path_factory.mktemp(f"logs{i}"))) for i in range(2)
         )
         yield one, two
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
-    return make_family(tmp_path_factory.mktemp("family"))
 
 
 @pytest.mark.parametrize("options", [(), ("--patch",)], ids=["checkpoint", "patch"])

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ STEPS = frozenset(
     ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir",
      "fcntl.flock", "os.truncate", "os.link", "os.symlink")
 )  # fmt: skip
+
+Command = list[str | Path]
+"""The arguments of a run, but for its output."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +97,7 @@ def runs(logs: Path) -> Iterator[Runs]:
         server.close()
 
 
-def make_family(folder: Path) -> list[str | Path]:
+def make_family(folder: Path) -> Command:
     """A family of four shards each; returns the arguments of its repair, but for the output."""
     import torch
     import transformers
@@ -191,6 +195,11 @@ def _kill(_: dict[str, Any]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _interrupt(_: dict[str, Any]) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.05)  # in whatever thread takes the step, while the main one is interrupted
+
+
 def fill_disk(folder: Path) -> None:
     """Write until the last byte of the disk is gone."""
     handle = os.open(folder / "filler", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -220,7 +229,7 @@ def _swap(hook: dict[str, Any]) -> None:
     new.replace(victim)
 
 
-_ACTIONS = {"kill": _kill, "fill": _fill, "touch": _touch, "swap": _swap}
+_ACTIONS = {"kill": _kill, "interrupt": _interrupt, "fill": _fill, "touch": _touch, "swap": _swap}
 
 if __name__ == "__main__":
     _serve()
