@@ -14,6 +14,7 @@ patch (`patch_file`), watching the files (`sources`, `patch_guard`).
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,8 +97,8 @@ def apply_patch(request: ApplyRequest, *, progress: Progress = SILENT) -> ApplyR
         raise UsageError(
             f"{patch.source} holds a fine-tune and its repair in one adapter: a strength would "
             "scale both",
-            f"scale the repair first: realign patch scale {patch.source} --strength {strength:g} "
-            "-o SCALED",
+            f"scale the repair first: realign patch scale {shlex.quote(str(patch.source))} "
+            f"--strength {strength:g} -o SCALED",
         )
     with (
         open_checkpoint(request.model, offline=request.offline, progress=progress) as model,

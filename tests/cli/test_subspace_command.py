@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from support.cli_support import FINETUNED, damaged, model, realign
+from support.refusal_support import refused
 
 
 def test_what_cannot_be_measured_is_one_remark_or_a_refusal(tmp_path: Path) -> None:
@@ -31,3 +32,17 @@ def test_what_cannot_be_measured_is_one_remark_or_a_refusal(tmp_path: Path) -> N
     assert result.exit_code == 2 and "Traceback" not in result.stderr
     assert "model_type = 'gpt2'" in result.words and str(other) in result.words
     assert result.stdout == ""
+
+
+def test_a_target_that_exists_is_named_before_its_picture(tmp_path: Path) -> None:
+    file, drawing = tmp_path / "safety.safetensors", tmp_path / "safety.png"
+    options = ["--base", model("base"), "-o", file]
+    drawing.write_bytes(b"mine")
+    refused(realign("subspace", model("aligned"), *options), drawing, "--picture none")
+    file.write_bytes(b"mine")
+    both = realign("subspace", model("aligned"), *options)
+    refused(both, f"{file} exists already")
+    assert str(drawing) not in both.stderr
+    options[-1] = tmp_path / "other.png"
+    refused(realign("subspace", model("aligned"), *options), "the subspace file and its picture")
+    assert [each.read_bytes() for each in sorted(tmp_path.iterdir())] == [b"mine", b"mine"]

@@ -122,6 +122,13 @@ def subspace(
     if picture not in ("png", "svg", "none"):
         raise UsageError(f"there is no picture kind {picture!r}", "kinds: png, svg, none")
     drawing = out.with_suffix(f".{picture}")
+    if picture != "none" and drawing == out:
+        raise UsageError(
+            f"{out} would be the subspace file and its picture",
+            "choose another -o, as X.safetensors",
+        )
+    if out.exists():
+        raise OutputError(f"{out} exists already", "choose another -o, or remove it first")
     if picture != "none" and drawing.exists():
         raise OutputError(f"{drawing} exists already", "remove it, or use --picture none")
 
