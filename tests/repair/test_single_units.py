@@ -28,7 +28,7 @@ MATRICES = (
     *(f"mlp.{each}_proj" for each in ("gate", "up", "down")),
 )
 CONFIG = {**LLAMA, "hidden_size": WIDTH, "intermediate_size": WIDTH, "num_key_value_heads": 2}
-UNIT = 2.0**-13
+UNIT = 2.0**-10
 SHARE = 0.003
 RANK = 54
 """About half of the directions: here the fast routine gives up most often."""
@@ -49,7 +49,7 @@ def moved(
 
 @pytest.fixture(scope="module")
 def trio(tmp_path_factory: pytest.TempPathFactory) -> Trio:
-    generator = torch.Generator().manual_seed(11)
+    generator = torch.Generator().manual_seed(18)  # the fast routine gives up in each test
 
     def weight(rows: int) -> Tensor:
         units = torch.randint(65, 127, (rows, WIDTH), generator=generator)
@@ -129,4 +129,4 @@ def test_the_drift_of_weights(trio: Trio) -> None:
     ):
         found = measure_weights(reference=aligned, subjects={"subject": finetuned}, base=base)
     for row in found.groups[0].per_matrix:
-        assert row.lox_published is not None and row.overlap is not None
+        assert row.lox_published is not None and row.entropy is not None
