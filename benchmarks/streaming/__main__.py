@@ -105,8 +105,8 @@ def _page(docs: Path, results: Path) -> None:
     (docs / "data").mkdir(exist_ok=True)
     for file in results.glob("bench-*.json"):
         shutil.copyfile(file, docs / "data" / file.name)
-    page.write(docs)
     draw.draw(docs)
+    page.write(docs)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 
 Text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is replaced; everything else is written
 by hand. A result file that brings `targets` and `section` (other benchmarks do) is shown as well.
+Pictures are linked where they have been drawn: draw first.
 """
 
 from __future__ import annotations
@@ -18,6 +19,12 @@ from typing import Any
 from benchmarks.streaming.targets import Data, rows, spread
 
 MISSING = "not yet measured"
+PICTURES = {
+    "compare": "Wall time and peak memory of each contender",
+    "scaling": "Wall time against bytes moved with its fit; peak memory",
+    "memory": "Peak memory: measured, predicted, and the bound",
+}
+"""What `draw` makes, and the text in its place."""
 
 
 def read(docs: Path) -> Data:
@@ -44,6 +51,15 @@ def tables(data: Data) -> dict[str, str]:
         "wide": MISSING if wide is None else _wide(wide),
         "others": _others(data),
     }
+
+
+def links(docs: Path) -> dict[str, str]:
+    """The pictures of the page, as far as their files exist."""
+    found: dict[str, str] = {}
+    for name, text in PICTURES.items():
+        file = f"pictures/bench-{name}.png"
+        found[f"picture-{name}"] = f"![{text}]({file})" if (docs / file).is_file() else MISSING
+    return found
 
 
 def _targets(data: Data) -> str:
@@ -229,7 +245,7 @@ def write(docs: Path) -> None:
     """Replace the generated parts of docs/benchmarks.md."""
     page = docs / "benchmarks.md"
     text = page.read_text("utf-8")
-    for name, made in tables(read(docs)).items():
+    for name, made in {**tables(read(docs)), **links(docs)}.items():
         new = f"<!-- {name}:begin -->\n\n{made}\n\n<!-- {name}:end -->"
         pattern = re.compile(rf"<!-- {name}:begin -->.*?<!-- {name}:end -->", re.DOTALL)
         text, count = pattern.subn(lambda _, new=new: new, text)

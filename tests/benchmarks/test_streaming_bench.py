@@ -173,10 +173,12 @@ def test_a_measurement_gets_onto_the_page(measured: Path) -> None:
     wall = found["contenders"]["realign"]["wall"]["median"]
     assert f"| realign | {wall:.2f} (" in text
     assert (measured / "pictures" / "bench-compare.png").stat().st_size > 10_000
+    assert "](pictures/bench-compare.png)" in text
 
 
 def copy_of_the_page(folder: Path) -> Path:
     shutil.copytree(DOCS / "data", folder / "data")
+    shutil.copytree(DOCS / "pictures", folder / "pictures")
     shutil.copy(DOCS / "benchmarks.md", folder)
     return folder / "benchmarks.md"
 
@@ -185,6 +187,20 @@ def test_the_page_holds_what_the_data_say(tmp_path: Path) -> None:
     page = copy_of_the_page(tmp_path)
     run_module(".page", tmp_path)
     assert page.read_text() == (DOCS / "benchmarks.md").read_text()
+
+
+def test_pictures_are_linked_where_they_exist(tmp_path: Path) -> None:
+    page = copy_of_the_page(tmp_path)
+    for name in ("compare", "scaling", "memory"):
+        (tmp_path / "pictures" / f"bench-{name}.png").unlink(missing_ok=True)
+    run_module(".page", tmp_path)
+    assert "](pictures/" not in page.read_text()
+    (tmp_path / "pictures" / "bench-memory.png").write_bytes(b"drawn")
+    run_module(".page", tmp_path)
+    assert page.read_text().count("](pictures/") == 1
+    assert "![Peak memory: measured, predicted, and the bound](pictures/bench-memory.png)" in (
+        page.read_text()
+    )
 
 
 def test_a_figure_that_was_edited_by_hand_is_noticed(tmp_path: Path) -> None:
