@@ -128,5 +128,6 @@ def test_the_drift_of_weights(trio: Trio) -> None:
         open_checkpoint(trio.base) as base,
     ):
         found = measure_weights(reference=aligned, subjects={"subject": finetuned}, base=base)
-    for row in found.groups[0].per_matrix:
-        assert row.lox_published is not None and row.entropy is not None
+    rows = [row for row in found.groups[0].per_matrix if ".layers." in row.key]
+    assert len(rows) == len(MATRICES)
+    assert all(row.lox_published is not None and row.entropy is not None for row in rows)
