@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,9 @@ def _without_tokenizer(folder: Path) -> None:
     ("lose", "says"),
     [(_without_template, "has no chat template"), (_without_tokenizer, "holds no tokenizer")],
 )
-def test_an_aligned_model_that_cannot_be_asked(tmp_path: Path, lose, says: str) -> None:
+def test_an_aligned_model_that_cannot_be_asked(
+    tmp_path: Path, lose: Callable[[Path], None], says: str
+) -> None:
     aligned = damaged("aligned", tmp_path)
     lose(aligned)
     arguments = ["repair", model(), *family_options(aligned=aligned), "--device", "cpu"]
