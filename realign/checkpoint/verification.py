@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, cast
@@ -28,6 +29,7 @@ VERIFY_SCHEMA = "realign/verify/1"
 
 _MOST_FILES = 4
 _COPY_AGAIN = "copy the file from where it was intact, or repair again"
+_INDEX_ADVICE = "copy the index from where it was intact, or repair again"
 _NOT_FINITE = "do not use this output: repair again, and report it if it comes back"
 
 
@@ -105,15 +107,22 @@ def verify_output(folder: Path, progress: Progress = SILENT) -> VerifyReport:
     with progress.task(f"verify {folder.name}", total=nbytes, unit="B") as task:
         files = _check_files(expected, present, task)
     headers = {name: file.header for name, file in files.items() if file.header is not None}
-    problems = [problem for file in files.values() for problem in file.problems]
-    problems += _additions(folder, set(present) - set(expected) - {MANIFEST_NAME})
     found = {
         name: info
         for _, header in sorted(headers.items())
         for name, info in sorted(header.tensors.items())
     }
-    problems += _tensor_problems(found, _object(output.get("tensors")))
-    problems += _index_problems(present, headers)
+    index = _read_index(present)
+    tensors = _object(output.get("tensors"))
+    lost = [name for name in files if name.endswith(".safetensors") and name not in headers]
+    held = _held(lost, set(tensors) - set(found), index)
+    problems = [
+        problem for name, file in files.items() for problem in _with_count(file, held[name])
+    ]
+    problems += _additions(folder, set(present) - set(expected) - {MANIFEST_NAME})
+    gone = set[str]().union(*held.values())
+    problems += _tensor_problems(found, {n: each for n, each in tensors.items() if n not in gone})
+    problems += _index_problems(index, headers, lost=lost)
     return VerifyReport(
         folder=folder,
         kind="patch" if manifest.get("kind") == "patch" else "checkpoint",
@@ -227,6 +236,28 @@ def _check_file(name: str, path: Path | None, digest: str, task: Task) -> _File:
     return _File(header, tuple(problems))
 
 
+def _held(
+    lost: Sequence[str], missing: Set[str], index: Mapping[str, Any] | Problem | None
+) -> Mapping[str, Set[str]]:
+    """The missing tensors by the lost file that held them: one problem, not one for each."""
+    held: dict[str, set[str]] = defaultdict(set)
+    named: Mapping[str, Any] = index if isinstance(index, Mapping) else {}
+    for tensor in missing:
+        file = named.get(tensor, lost[0] if len(lost) == 1 else None)
+        if file in lost:
+            held[file].add(tensor)
+    return held
+
+
+def _with_count(file: _File, held: Set[str]) -> tuple[Problem, ...]:
+    """The problems of a file; where it is lost, the first says how many tensors went with it."""
+    if not file.problems or not held:
+        return file.problems
+    first, *others = file.problems
+    count = f"{len(held)} tensor{'' if len(held) == 1 else 's'}"
+    return (replace(first, what=f"{first.what}; it held {count}"), *others)
+
+
 def _tensor_problems(
     found: Mapping[str, TensorInfo], expected: Mapping[str, Any]
 ) -> Iterator[Problem]:
@@ -255,21 +286,33 @@ def _spelled(entry: Any) -> str:
     return f"{kind} {shape}".rstrip()
 
 
-def _index_problems(
-    present: Mapping[str, Path], headers: Mapping[str, Header]
-) -> Iterator[Problem]:
-    """The index must name exactly the tensors of the shards, each in the file that holds it."""
-    advice = "copy the index from where it was intact, or repair again"
+def _read_index(present: Mapping[str, Path]) -> Mapping[str, Any] | Problem | None:
+    """The index's file of every tensor; a problem where it is unreadable, None without one."""
     if INDEX_FILE not in present or SINGLE_FILE in present:
-        return
+        return None
     try:
         index = json.loads(present[INDEX_FILE].read_text("utf-8"))
     except (ValueError, RecursionError) as error:
-        yield Problem(INDEX_FILE, f"is not valid JSON: {error}", advice)
+        return Problem(INDEX_FILE, f"is not valid JSON: {error}", _INDEX_ADVICE)
+    return _object(_object(index).get("weight_map"))
+
+
+def _index_problems(
+    named: Mapping[str, Any] | Problem | None, headers: Mapping[str, Header], *, lost: Sequence[str]
+) -> Iterator[Problem]:
+    """The index must name exactly the tensors of the shards, each in the file that holds it.
+
+    What it says of files that are lost themselves cannot be checked.
+    """
+    advice = _INDEX_ADVICE
+    if named is None or isinstance(named, Problem):
+        if named is not None:
+            yield named
         return
-    named = _object(_object(index).get("weight_map"))
     stored = {tensor: file for file, header in headers.items() for tensor in header.tensors}
     for tensor in sorted(set(named) | set(stored)):
+        if tensor not in stored and named[tensor] in lost:
+            continue
         if tensor not in stored:
             yield Problem(INDEX_FILE, f"names the tensor {tensor}, which no file holds", advice)
         elif named.get(tensor) != stored[tensor]:

@@ -213,3 +213,46 @@ def test_no_number_is_passed_over(at: int) -> None:
     assert all_finite(values)
     values[at] = float("nan")
     assert not all_finite(values)
+
+
+@pytest.mark.parametrize("damage", ["gone", "cut"])
+def test_a_lost_shard_is_one_problem_that_counts_its_tensors(output: Path, damage: str) -> None:
+    shard = output / SHARDS[1]
+    count = len(load_file(shard))
+    assert count > 1
+    if damage == "gone":
+        shard.unlink()
+        (found,) = problems(output)
+        assert found == f"{shard.name} is missing; it held {count} tensors"
+    else:
+        shard.write_bytes(shard.read_bytes()[:100])
+        found, differs = problems(output)
+        assert found.startswith(f"{shard.name} cannot be read: ")
+        assert found.endswith(f"; it held {count} tensors")
+        assert differs == f"{shard.name} differs from what realign wrote"
+
+
+def test_a_shard_and_the_index_that_are_lost(output: Path) -> None:
+    count = len(load_file(output / SHARDS[1]))
+    (output / SHARDS[1]).unlink()
+    (output / "model.safetensors.index.json").unlink()
+    assert problems(output) == [
+        f"{SHARDS[1]} is missing; it held {count} tensors",
+        "model.safetensors.index.json is missing",
+    ]
+
+
+def test_a_tensor_missing_from_a_shard_that_is_there_is_named_beside_a_lost_shard(
+    output: Path,
+) -> None:
+    count = len(load_file(output / SHARDS[1]))
+    change_tensors(output, lambda t: t.update(ghost=t.pop(FIRST)))
+    remanifest(output)
+    (output / SHARDS[1]).unlink()
+    assert problems(output) == [
+        f"{SHARDS[1]} is missing; it held {count} tensors",
+        f"ghost in {SHARDS[0]} is a tensor the manifest does not list",
+        f"{FIRST} is missing: the manifest lists this tensor",
+        f"model.safetensors.index.json leads nowhere for ghost, which is in {SHARDS[0]}",
+        f"model.safetensors.index.json names the tensor {FIRST}, which no file holds",
+    ]
