@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -87,6 +88,9 @@ def requests_of(root: Path, respell: Respell, *, turned: bool) -> dict[str, Mome
     other = respelled(trio, root / "other", respell)
     one, two = (other, trio) if turned else (trio, other)
     family = replace(one, aligned=two.aligned)
+    for path in (FAMILY / "aligned").iterdir():  # a plan asks whether the model can be asked
+        if path.name.startswith(("tokenizer", "chat_template")):
+            shutil.copy(path, family.aligned)
     request = RepairRequest(
         finetuned=family.finetuned, aligned=family.aligned, base=family.base, method="lssf"
     )
