@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.matching import Matching
@@ -75,21 +77,21 @@ def estimate_repair(
     """
     finetuned = inputs.finetuned
     written = held = largest = 0
+    costs: list[int] = []
     for pair in matching.pairs:
         info = finetuned.tensors[pair.role.name]
         written += info.nbytes
         if pair.action == "copy" or method.elementwise:
             continue
-        for slot in pair.slots:
-            largest = max(largest, math.prod(slot_shape(info.shape, slot)))
-            rows = stored_rows(slot, info.shape)
+        largest = max(largest, *(math.prod(slot_shape(info.shape, slot)) for slot in pair.slots))
+        for rows, slots in groupby(pair.slots, key=partial(stored_rows, shape=info.shape)):
             inputs_read, rank = 1 + len(used), fixed_rank(method)
-            held = max(held, block_bytes(info, rows, (slot,), inputs=inputs_read, rank=rank))
+            costs.append(block_bytes(info, rows, tuple(slots), inputs=inputs_read, rank=rank))
     files = [file for each in (finetuned, *used.values()) for file in each.weight_files]
     read = sum(file.stat().st_size for file in files)
-    if not method.elementwise:
-        # As many as are admitted at once; beside a large one only much smaller ones are.
-        held *= max(1, min(WORKERS, matrix_budget(largest, held) // max(1, held)))
+    if costs:
+        budget = min(matrix_budget(largest, max(costs)), WORKERS * max(costs))
+        held = most_together(costs, budget)
     held += STREAM_BUDGET + _LIBRARY_BUFFERS
     if method.needs_anchors:
         model = sum(info.nbytes for info in used["aligned"].tensors.values())
@@ -102,6 +104,21 @@ def estimate_repair(
         peak_memory=INTERPRETER_BYTES + held,
         largest_matrix=largest,
     )
+
+
+def most_together(costs: Sequence[int], budget: int) -> int:
+    """The most that neighbours in a row of jobs cost together while their sum fits a budget.
+
+    One job alone is always admitted, as by the pipeline.
+    """
+    best = total = first = 0
+    for last, cost in enumerate(costs):
+        total += cost
+        while total > budget and first < last:
+            total -= costs[first]
+            first += 1
+        best = max(best, total)
+    return best
 
 
 def fixed_rank(method: Method) -> int | None:
