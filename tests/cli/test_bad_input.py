@@ -341,16 +341,11 @@ def test_a_disk_that_is_too_small_shows_before_a_byte_is_written(
     refused(repair(tmp_path), "free", "needs")
 
 
-def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
-    """The operating system refuses the write: files of this process may not exceed 64 kB."""
-    out = tmp_path / "work" / "out"
-    command = [
-        *(sys.executable, "-c", "from realign_cli.main import main; main()"),
-        *("repair", model(), *family_options(), "--method", "replace", "--quiet", "-o", out),
-    ]
+def limited(*arguments: object, limit: int) -> subprocess.CompletedProcess[str]:
+    """The command in a process whose files may not exceed `limit` bytes."""
     done = subprocess.run(
-        [str(part) for part in command],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536)),
+        [sys.executable, "-c", "from realign_cli.main import main; main()", *map(str, arguments)],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
         capture_output=True,
         text=True,
         timeout=120,
@@ -361,28 +356,22 @@ def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
     assert done.stderr.count("error: ") == 1
     assert "Traceback" not in done.stderr
     assert "fault in realign" not in done.stderr
+    return done
+
+
+def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
+    """The operating system refuses the write: files of this process may not exceed 64 kB."""
+    out = tmp_path / "work" / "out"
+    arguments = ("repair", model(), *family_options(), "--method", "replace", "--quiet", "-o", out)
+    limited(*arguments, limit=65536)
     assert not out.exists()
 
 
 def test_a_disk_that_fills_up_while_the_subspace_is_drawn(tmp_path: Path) -> None:
     """The file of one direction fits below the limit, its picture does not: neither stays."""
     out = tmp_path / "work" / "safety.safetensors"
-    command = [
-        *(sys.executable, "-c", "from realign_cli.main import main; main()"),
-        *("subspace", model("aligned"), "--base", model("base"), "--rank", "1"),
-        *("--device", "cpu", "--quiet", "-o", out),
-    ]
-    done = subprocess.run(
-        [str(part) for part in command],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, LIMIT)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: ") == 1
+    arguments = ("subspace", model("aligned"), "--base", model("base"), "--rank", "1")
+    done = limited(*arguments, "--device", "cpu", "--quiet", "-o", out, limit=LIMIT)
     assert "safety.safetensors cannot be written" not in done.stderr
     assert list((tmp_path / "work").iterdir()) == []
 
