@@ -6,18 +6,18 @@ alpha1 = 1 it is LoX (arXiv 2506.15606) applied after fine-tuning.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
-from realign.repair.method import Card, Method, Statistics
-from realign.repair.methods.ranks import choose_rank, edit_together, spectrum_facts
+from realign.repair.method import Card
+from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.methods.spectral import SpectralMethod
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
 from realign.subspace.projector import direction_weights, energy_share
-from realign.subspace.spectrum import Decomposition, decompose
+from realign.subspace.spectrum import Decomposition
 
 CARD = Card(
     title="Data-free low-rank fusion",
@@ -49,7 +49,7 @@ W' = W_finetuned + alpha sum_{i <= r} alpha_i^2 S_i u_i v_i^T""",
 
 
 @dataclass(frozen=True, kw_only=True)
-class DeltaSvd(Method):
+class DeltaSvd(SpectralMethod):
     """Data-free low-rank fusion of the safety vector."""
 
     name: ClassVar[str] = "delta_svd"
@@ -85,19 +85,8 @@ class DeltaSvd(Method):
     )
     """Aligned minus base or aligned minus unaligned; `auto` takes `base` if it was given."""
 
-    def edit(self, layer: Layer, statistics: Statistics) -> Edit:
-        """Return E = alpha sum_{i <= r} alpha_i^2 S_i u_i v_i^T [d_out, d_in]."""
-        delta_safe = self._delta_safe(layer)
-        if isinstance(delta_safe, Unchanged):
-            return delta_safe
-        return self._edit(layer, decompose(delta_safe))
-
-    def edit_batch(self, layers: Sequence[Layer], statistics: Statistics) -> list[Edit]:
-        """Decompose all safety vectors in one call."""
-        deltas = [self._delta_safe(layer) for layer in layers]
-        return edit_together(layers, deltas, self._edit)
-
-    def _delta_safe(self, layer: Layer) -> Tensor | Unchanged:
+    def safety_matrix(self, layer: Layer) -> Tensor | Unchanged:
+        """Return delta_safe, or why the layer is left alone."""
         kind = self.vector_kind
         assert kind is not None
         if self.alpha == 0.0:
@@ -105,7 +94,8 @@ class DeltaSvd(Method):
         delta_safe = layer.safety_vector(kind)
         return delta_safe if bool(delta_safe.any()) else Unchanged("safety vector is zero")
 
-    def _edit(self, layer: Layer, decomposition: Decomposition) -> Edit:
+    def edit_spectrum(self, layer: Layer, decomposition: Decomposition) -> Edit:
+        """Return E = alpha sum_{i <= r} alpha_i^2 S_i u_i v_i^T [d_out, d_in]."""
         energies = decomposition.energies
         rank = choose_rank(energies, self.rank, eta=self.eta)
         weights = direction_weights(energies[:rank].sqrt(), self.alpha1).square()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-import torch
 from torch import Tensor
 
-from realign.repair.edit import Edit, Layer, Unchanged
 from realign.subspace.entropy import (
     effective_rank,
     energy_rank,
@@ -18,7 +14,7 @@ from realign.subspace.entropy import (
     whole_stable_rank,
 )
 from realign.subspace.projector import degenerate_cut
-from realign.subspace.spectrum import Decomposition, decompose_batch, numerical_rank
+from realign.subspace.spectrum import numerical_rank
 
 
 def choose_rank(energies: Tensor, rule: int | str, *, eta: float) -> int:
@@ -55,29 +51,3 @@ def spectrum_facts(energies: Tensor, rank: int) -> dict[str, float | int | str |
         "kept_energy": kept_energy(energies, rank),
         "degenerate_cut": degenerate_cut(energies, rank),
     }
-
-
-def edit_together(
-    layers: Sequence[Layer],
-    deltas: Sequence[Tensor | Unchanged],
-    edit: Callable[[Layer, Decomposition], Edit],
-) -> list[Edit]:
-    """Return the edits of matrices of one shape whose safety vectors are decomposed in one call.
-
-    Args:
-        layers: in order.
-        deltas: the safety vector of each, or why it is left alone.
-        edit: makes an edit of a layer and its decomposed safety vector.
-    """
-    found: dict[int, Edit] = {}
-    stack: list[tuple[int, Tensor]] = []
-    for number, delta in enumerate(deltas):
-        if isinstance(delta, Unchanged):
-            found[number] = delta
-        else:
-            stack.append((number, delta))
-    if stack:
-        decomposed = decompose_batch(torch.stack([delta for _, delta in stack]))
-        for (number, _), each in zip(stack, decomposed, strict=True):
-            found[number] = edit(layers[number], each)
-    return [found[number] for number in range(len(layers))]

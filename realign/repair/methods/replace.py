@@ -5,7 +5,6 @@ Our own method. Shape suffixes: o is d_out, i is d_in, k the number of direction
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -13,10 +12,11 @@ import torch
 from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
-from realign.repair.method import Card, Method, Statistics
-from realign.repair.methods.ranks import choose_rank, edit_together, spectrum_facts
+from realign.repair.method import Card
+from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.methods.spectral import SpectralMethod
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
-from realign.subspace.spectrum import Decomposition, Side, decompose
+from realign.subspace.spectrum import Decomposition, Side
 from realign.subspace.vectors import difference, squared_norm
 
 SIDES: dict[str, Side] = {"both": "both", "left": "left", "right": "right"}
@@ -51,7 +51,7 @@ right:  W' = W_finetuned + D Q""",
 
 
 @dataclass(frozen=True, kw_only=True)
-class Replace(Method):
+class Replace(SpectralMethod):
     """Two-sided drift replacement."""
 
     name: ClassVar[str] = "replace"
@@ -83,19 +83,8 @@ class Replace(Method):
     )
     """The vector whose subspaces are used: aligned minus base, or aligned minus unaligned."""
 
-    def edit(self, layer: Layer, statistics: Statistics) -> Edit:
-        """Return E = P D + D Q - P D Q, or one of its one-sided forms [d_out, d_in]."""
-        delta_safe = self._delta_safe(layer)
-        if isinstance(delta_safe, Unchanged):
-            return delta_safe
-        return self._edit(layer, decompose(delta_safe))
-
-    def edit_batch(self, layers: Sequence[Layer], statistics: Statistics) -> list[Edit]:
-        """Decompose all safety vectors in one call."""
-        deltas = [self._delta_safe(layer) for layer in layers]
-        return edit_together(layers, deltas, self._edit)
-
-    def _delta_safe(self, layer: Layer) -> Tensor | Unchanged:
+    def safety_matrix(self, layer: Layer) -> Tensor | Unchanged:
+        """Return delta_safe, or why the layer is left alone."""
         kind = self.vector_kind
         assert kind is not None
         delta_safe = layer.safety_vector(kind)
@@ -107,7 +96,8 @@ class Replace(Method):
             return Unchanged("rank is 0")
         return delta_safe
 
-    def _edit(self, layer: Layer, decomposition: Decomposition) -> Edit:
+    def edit_spectrum(self, layer: Layer, decomposition: Decomposition) -> Edit:
+        """Return E = P D + D Q - P D Q, or one of its one-sided forms [d_out, d_in]."""
         drift_oi = difference(layer.require("aligned"), layer.finetuned)
         k = choose_rank(decomposition.energies, self.rank, eta=self.eta)
         u_ok, v_ik = self._subspaces(layer, decomposition, k)

@@ -1,0 +1,51 @@
+"""What the methods share that decompose the safety vector: one matrix, or several of one shape.
+
+Not here: what becomes of the directions (`delta_svd`, `replace`), and how many are kept (`ranks`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from realign.repair.edit import Edit, Layer, Unchanged
+from realign.repair.method import Method, Statistics
+from realign.subspace.spectrum import Decomposition, decompose, decompose_batch
+
+
+class SpectralMethod(Method):
+    """A method whose edit follows from the singular directions of the safety vector."""
+
+    @abstractmethod
+    def safety_matrix(self, layer: Layer) -> Tensor | Unchanged:
+        """Return delta_safe [d_out, d_in], or why the layer is left alone."""
+
+    @abstractmethod
+    def edit_spectrum(self, layer: Layer, decomposition: Decomposition) -> Edit:
+        """Return the edit of a layer from its decomposed safety vector."""
+
+    def edit(self, layer: Layer, statistics: Statistics) -> Edit:
+        """Decompose the safety vector of one matrix and edit by it."""
+        delta_safe = self.safety_matrix(layer)
+        if isinstance(delta_safe, Unchanged):
+            return delta_safe
+        return self.edit_spectrum(layer, decompose(delta_safe))
+
+    def edit_batch(self, layers: Sequence[Layer], statistics: Statistics) -> list[Edit]:
+        """Decompose the safety vectors of matrices of one shape in one call."""
+        found: dict[int, Edit] = {}
+        stack: list[tuple[int, Tensor]] = []
+        for number, layer in enumerate(layers):
+            delta_safe = self.safety_matrix(layer)
+            if isinstance(delta_safe, Unchanged):
+                found[number] = delta_safe
+            else:
+                stack.append((number, delta_safe))
+        if stack:
+            decomposed = decompose_batch(torch.stack([delta for _, delta in stack]))
+            for (number, _), each in zip(stack, decomposed, strict=True):
+                found[number] = self.edit_spectrum(layers[number], each)
+        return [found[number] for number in range(len(layers))]
