@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
+from realign.lab import wording
 from realign.lab.presets import PRESETS
 from realign.lab.tokenizer import (
     ASSISTANT,
@@ -20,6 +21,7 @@ from realign.lab.tokenizer import (
 from realign.lab.world import build_world
 from realign.model.chat import encode, encode_reply, end_of_turn_id
 
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 WORLD = build_world(PRESETS["tiny"].sizes, seed=0, taken=template_words())
 NAME = WORLD.entities[0].name
 
@@ -49,6 +51,22 @@ def test_words_are_case_blind_and_names_are_single_tokens() -> None:
     assert split_words("I'm sorry, (one) two:three") == [
         "i'm", "sorry", ",", "(", "one", ")", "two", ":", "three",
     ]  # fmt: skip
+
+
+def test_the_vocabulary_does_not_depend_on_where_the_package_lies(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = template_words()
+    monkeypatch.setattr(wording, "__file__", "/elsewhere/unheard/wording.py")
+    monkeypatch.setattr(wording, "__cached__", "/elsewhere/unheard/wording.cpython-399.pyc")
+    assert template_words() == before
+
+
+@pytest.mark.parametrize("preset", ["small", "tiny"])
+def test_the_vocabulary_is_still_that_of_the_trained_families(preset: str) -> None:
+    world = build_world(PRESETS[preset].sizes, seed=0, taken=template_words())
+    shipped = AutoTokenizer.from_pretrained(FIXTURES / preset / "base")
+    assert build_tokenizer(world).get_vocab() == shipped.get_vocab()
 
 
 def test_bytes_know_every_text_and_are_the_same_every_time() -> None:
