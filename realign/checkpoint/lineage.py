@@ -14,8 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 MAX_STEPS = 8
 """How far up the ancestors are followed."""
 
@@ -117,6 +115,8 @@ def read_front_matter(card: Path) -> Mapping[str, Any]:
     found = re.match(r"\ufeff?---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
     if found is None:
         return {}
+    import yaml  # most folders have no card
+
     try:
         value: Any = yaml.safe_load(found[1])
     except (yaml.YAMLError, RecursionError, ValueError):

@@ -23,9 +23,14 @@ from torch import Tensor
 from realign.checkpoint.headers import DTYPES, FLOATS
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.space import size_text
+from realign.checkpoint.writeback import start_writing
 from realign.errors import OutputError, UsageError
 
 _CHUNK = 8 * 2**20
+_SEND = 32 * 2**20
+"""The disk is told to begin with so much at a time: left to itself the system begins when the file
+is closed, and then there is nothing to do but to wait for it."""
+
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -122,7 +127,7 @@ class ShardWriter:
         """JSON that the journal keeps with the finished shard, for a run that resumes after it."""
         self._path, self._layout, self._guard = path, layout, guard
         self._digest = hashlib.sha256()
-        self._size = 0
+        self._size = self._sent = 0
         self._at, self._done = 0, 0
         # Mode 0666 under the umask, as any program creates a file.
         with guard():
@@ -170,6 +175,9 @@ class ShardWriter:
                     raise disk_error(error, self._path, self._layout.file_size) from error
                 chunk = chunk[count:]
                 self._size += count
+        if self._size - self._sent >= _SEND:
+            start_writing(self._handle, self._sent, self._size - self._sent)
+            self._sent = self._size
 
     def finish(self) -> tuple[str, int]:
         """Flush to the disk and close; returns SHA-256 and size.

@@ -1,10 +1,10 @@
 """The repair engine: plan, prepare, edit, verify, commit.
 
-`repair` carries a plan out. Pieces are read, edited and written in threads of their own (`flow`);
-peak memory is a small multiple of the largest decomposed matrix, never of the model.
-The output appears as a whole or not at all: it is written beside its target under another name,
-checked, and renamed. An interrupted run leaves its finished weight files there, and the same
-command takes them up by content.
+`repair` carries a plan out. Pieces are read, edited and written in a few threads (`flow`); peak
+memory is a small multiple of the largest decomposed matrix, never of the model. The output appears
+as a whole or not at all: it is written beside its target under another name, checked, and renamed.
+An interrupted run leaves its finished weight files there, and the same command takes them up by
+content.
 
 Here: the order of things. Not here: what a method computes (`methods`), how pieces pass through
 (`flow`), what the inputs were (`sources`), what is recorded (`record`), how files are written

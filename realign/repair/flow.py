@@ -1,24 +1,22 @@
 """Every piece of a repair through reading, editing and writing, in order and within its memory.
 
 Here: which threads there are and what they may hold, for a checkpoint and for a patch. Not here:
-the stages themselves (`stream`, `editor`, `realign.checkpoint.writer`) and how they are joined
-(`pipeline`).
+the stages themselves (`stream`, `editor`, `sink`) and how they are joined (`pipeline`).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
 from realign.checkpoint.writer import OutputFolder, ShardLayout
 from realign.errors import ModelError
-from realign.progress import Progress, Task
+from realign.progress import Progress
 from realign.repair.edit import Unchanged
 from realign.repair.editor import EditedPiece, Editor, Ledger
 from realign.repair.estimate import STREAM_BUDGET, WORKERS, device_bytes, matrix_budget
@@ -30,8 +28,15 @@ from realign.repair.pipeline import Pipeline
 from realign.repair.plan import Plan
 from realign.repair.record import TensorRow
 from realign.repair.request import Inputs
-from realign.repair.stream import Cut, Piece, Reader, batched, cut_tensor, planned_keys
+from realign.repair.sink import ShardSink
+from realign.repair.stream import Cut, Piece, batched, cut_tensor, planned_keys, read_cut
 from realign.subspace.threads import torch_threads
+
+R = TypeVar("R")
+
+_STREAMS = max(2, min(3, os.cpu_count() or 1))
+"""Threads for chunks that are edited entry by entry. More gain nothing: one at a time reads, and
+one hashes and writes."""
 
 _LANES = 4
 """Matrices under way on an accelerator: one uploads and one downloads while two compute."""
@@ -82,29 +87,22 @@ class Flow:
         todo = [shard for shard in self._plan.layout if not output.is_done(shard)]
         cuts = (cut for shard in todo for cut in self._cuts_of(shard))
         total = sum(shard.nbytes for shard in todo)
-        found: dict[str, list[TensorRow]] = {}
-
-        def write(handed: Iterator[list[tuple[EditedPiece, list[TensorRow]]]]) -> None:
-            pieces = (piece for together in handed for piece in together)
-            for shard in todo:
-                found[shard.filename] = _write_shard(output, shard, pieces, task)
-
         ledger = Ledger(self._editor)
         with (
             self._threads(),
             self._progress.task("repairing", total=total, unit="B") as task,
-            Reader(self._inputs) as reader,
-            self._pipeline(cuts, reader, self._editor.edit, write=write) as pipeline,
+            ShardSink(output, todo, task) as sink,
         ):
-            for pieces in pipeline:
-                pipeline.hand(
-                    [(each, [done.row for done in ledger.settle(each)]) for each in pieces]
-                )
-                del pieces
+
+            def write(pieces: Sequence[EditedPiece]) -> None:
+                for each in pieces:
+                    sink.write(each, [done.row for done in ledger.settle(each)])
+
+            self._pipeline(cuts, self._editor.edit, write).run()
         rows: list[TensorRow] = []
         for shard in self._plan.layout:
-            if shard.filename in found:
-                rows += found[shard.filename]
+            if shard.filename in sink.rows:
+                rows += sink.rows[shard.filename]
             else:
                 done = output.finished(shard)
                 assert done is not None, shard.filename
@@ -126,15 +124,16 @@ class Flow:
         with (
             self._threads(),
             self._progress.task("computing the patch", total=total, unit="matrices") as task,
-            Reader(self._inputs) as reader,
-            self._pipeline((cut for cut in cuts if cut.edit), reader, self._factored) as pipeline,
         ):
-            for found in pipeline:
+
+            def keep(found: Sequence[tuple[TensorRow, Factors | None]]) -> None:
                 for row, factored in found:
                     rows.append(row)
                     if factored is not None:
                         factors[row.key] = factored
                     task.advance()
+
+            self._pipeline((cut for cut in cuts if cut.edit), self._factored, keep).run()
         return rows, factors
 
     def _factored(self, pieces: Sequence[Piece]) -> list[tuple[TensorRow, Factors | None]]:
@@ -149,15 +148,21 @@ class Flow:
             found.append((row, made))
         return found
 
-    def _pipeline(self, cuts: Iterator[Cut], reader: Reader, work: Any, write: Any = None) -> Any:
+    def _pipeline(
+        self,
+        cuts: Iterable[Cut],
+        work: Callable[[Sequence[Piece]], R],
+        write: Callable[[R], None],
+    ) -> Pipeline[tuple[Cut, ...], Sequence[Piece], R]:
+        checkpoints = self._inputs.all()
         return Pipeline(
             batched(cuts, self._batch, limit=_BATCH_BYTES),
-            read=lambda cuts: [reader.read(cut) for cut in cuts],
+            read=lambda cuts: [read_cut(cut, checkpoints) for cut in cuts],
             work=work,
+            write=write,
             cost=lambda cuts: sum(cut.cost for cut in cuts),
             budget=self._budget(),
-            workers=0 if self._plan.method.elementwise else self._lanes,
-            write=write,
+            workers=_STREAMS if self._plan.method.elementwise else self._lanes,
         )
 
     def _budget(self) -> int:
@@ -194,27 +199,6 @@ class Flow:
 def batch_size(device: torch.device) -> int:
     """How many matrices of one shape are worked on in one call: on the processor nothing is won."""
     return 1 if device.type == "cpu" else _BATCH
-
-
-def _write_shard(
-    output: OutputFolder,
-    shard: ShardLayout,
-    pieces: Iterator[tuple[EditedPiece, list[TensorRow]]],
-    task: Task,
-) -> list[TensorRow]:
-    rows: list[TensorRow] = []
-    left = shard.nbytes
-    with output.shard(shard) as writer:
-        while left:
-            edited, done = next(pieces)
-            stored: Tensor = edited.stored
-            writer.write(edited.cut.pair.role.name, stored)
-            rows += done
-            left -= stored.nbytes
-            task.advance(stored.nbytes)
-            del edited, stored  # the next piece is in memory already
-        writer.facts["rows"] = [row.to_json() for row in rows]
-    return rows
 
 
 def _how_many(plan: Plan, inputs: Inputs) -> int:

@@ -1,17 +1,18 @@
-"""Read, work, write: three stages in threads, results in order, memory bounded by a budget.
+"""Read, work, write: in a few threads, results in order, memory bounded by a budget.
 
 Every job has a cost in bytes, known before anything is read: what it will hold at its worst. A job
 is read as soon as its cost fits beside those under way, and its cost is given back when its result
-has been written; one job alone is always admitted. Results come in the order of the jobs, whatever
-the number of threads, so nothing that is written depends on it.
+has been written; one job alone is always admitted. Results are written in the order of the jobs,
+whatever the number of threads, so nothing that is written depends on it.
 
-    reading thread      jobs -> read                    waits for the budget
-    working threads     read -> worked                  none: the caller's thread works
-    the caller          iterates over results, hands them on
-    writing thread      consumes what was handed on     gives the budget back
+All threads are alike. Each takes the next job, reads it, works on it and lays the result down; if
+that was the one that is due, and nobody else is writing, it writes all that can be written now.
+Reading and writing are done by one thread at a time, in order. So whoever read a job works on it
+while it is in the processor's cache, and there are no more threads than processors: with a thread
+for each stage, handing over and waiting for the interpreter's lock cost as much as all the work.
 
 The first error of any thread ends all of them and is raised in the caller's; no thread reads or
-writes after the context is left, be it by Ctrl-C, once or again and again. Not here: what is read,
+writes after `run` is left, be it by Ctrl-C, once or again and again. Not here: what is read,
 computed or written.
 """
 
@@ -19,15 +20,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from functools import partial
+from typing import Any, Generic, TypeVar
 
 J = TypeVar("J")
 T = TypeVar("T")
 R = TypeVar("R")
-W = TypeVar("W")
 
 _PATIENCE = 2.0
 """Seconds that a failed run waits for a decomposition under way; it touches no file."""
@@ -42,12 +42,12 @@ class _Entry:
     """One job under way."""
 
     cost: int
-    value: Any = None
+    result: Any = None
     done: bool = False
 
 
-class Pipeline(Generic[J, T, R, W]):
-    """A context manager; iterate over it for the results, `hand` on what is to be written."""
+class Pipeline(Generic[J, T, R]):
+    """Carries every job through its stages, once."""
 
     def __init__(
         self,
@@ -55,209 +55,182 @@ class Pipeline(Generic[J, T, R, W]):
         *,
         read: Callable[[J], T],
         work: Callable[[T], R],
+        write: Callable[[R], None],
         cost: Callable[[J], int],
         budget: int,
-        workers: int = 0,
-        write: Callable[[Iterator[W]], None] | None = None,
+        workers: int = 1,
     ) -> None:
-        """Describe the stages; nothing starts before the context is entered.
+        """Describe the stages; nothing starts before `run`.
 
         Args:
-            jobs: in order; taken in the reading thread.
-            read: fetches what a job needs.
+            jobs: in order; taken by one thread at a time.
+            read: fetches what a job needs; called for one job at a time, in order.
             work: turns that into a result; called from several threads where `workers` > 1.
+            write: takes the results, one at a time, in order.
             cost: bytes that a job holds at its worst, from admission until it is written.
             budget: bytes that all jobs under way may cost together.
-            workers: threads that work; 0: the caller's.
-            write: consumes everything that is handed on, in a thread of its own.
+            workers: how many threads, at least one.
         """
-        self._jobs, self._read, self._work, self._cost = jobs, read, work, cost
-        self._budget, self._workers, self._write = budget, workers, write
-        self._state = threading.Condition()
+        self._jobs, self._cost, self._budget, self._workers = iter(jobs), cost, budget, workers
+        self._read, self._work, self._write = read, work, write
+        # One lock; the threads wait for room and for their turn, the caller for their end.
+        self._state = threading.Lock()
+        self._for_threads = threading.Condition(self._state)
+        self._for_caller = threading.Condition(self._state)
         self._used = 0
-        self._entries: deque[_Entry] = deque()  # in order; read, perhaps worked
-        self._todo: deque[tuple[_Entry, T]] = deque()  # for the working threads
-        self._out: deque[tuple[W, int]] = deque()  # handed on, with what each gives back
-        self._current = 0  # the cost of the result in the caller's hands
-        self._all_read = self._all_handed = False
+        self._entries: deque[_Entry] = deque()  # in order, from admission until written
+        self._reading = self._all_read = self._writing = False
         self._error: BaseException | None = None
         self._threads: list[threading.Thread] = []
-        self._files: set[str] = set()  # threads under way that read or write
-        self._idle: set[str] = set()  # threads under way that only compute
+        self._alive: set[str] = set()
+        self._files: set[str] = set()  # those of them that read or write just now
 
-    def __enter__(self) -> Self:
-        """Start the threads."""
-        try:
-            self._start(self._reading, "realign-read", self._files)
-            for number in range(self._workers):
-                self._start(self._working, f"realign-work-{number}", self._idle)
-            if self._write is not None:
-                self._start(self._writing, "realign-write", self._files)
-        except BaseException as error:
-            self.__exit__(type(error), error, None)
-            raise
-        return self
+    def run(self) -> None:
+        """Return when everything is written; after an error, when nobody reads or writes any more.
 
-    def _start(self, stage: Callable[[], None], name: str, group: set[str]) -> None:
-        def run() -> None:
-            try:
-                stage()
-            except _Stopped:
-                pass
-            except BaseException as error:  # raised again in the caller's thread
-                self._fail(error)
-            finally:
-                with self._state:
-                    group.discard(name)
-                    self._state.notify_all()
-
-        thread = threading.Thread(target=run, name=name, daemon=True)
-        self._threads.append(thread)
-        group.add(name)
-        try:
-            thread.start()
-        except RuntimeError:  # the system has no thread left
-            group.discard(name)
-            raise
-
-    def __iter__(self) -> Iterator[R]:
-        """The results, in the order of the jobs."""
-        while True:
-            with self._state:
-                self._give_back(self._current)
-                self._current = 0
-                self._wait(lambda: self._ready() or (self._all_read and not self._entries))
-                if not self._entries:
-                    return
-                entry = self._entries.popleft()
-                self._current = entry.cost
-                value, entry.value = entry.value, None
-            if not self._workers:
-                value = self._work(value)
-            yield value
-            del value, entry  # nothing is held while the next one is awaited
-
-    def hand(self, value: W) -> None:
-        """Give something to the writing thread: the whole result, or what became of it."""
-        with self._state:
-            self._check()
-            self._out.append((value, self._current))
-            self._current = 0
-            self._state.notify_all()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Wait until everything is written; after an error, until nobody reads or writes."""
+        Raises:
+            Whatever a stage raised first.
+        """
         interrupt: BaseException | None = None
+        try:
+            for number in range(self._workers):
+                self._start(f"realign-work-{number}")
+        except BaseException as error:  # no thread is left, or Ctrl-C
+            self._fail(error)
         while True:
             try:
-                if error is not None:
-                    self._fail(_Stopped())
+                if interrupt is not None:
+                    self._fail(interrupt)
                 self._await_end()
                 break
             except BaseException as late:  # Ctrl-C: the threads still have to end first
-                error = late
                 interrupt = interrupt or late
         if interrupt is not None:
             raise interrupt
-        if self._error is not None and not isinstance(self._error, _Stopped):
+        if self._error is not None:
             raise self._error
+
+    def _start(self, name: str) -> None:
+        thread = threading.Thread(target=self._thread, name=name, daemon=True)
+        self._threads.append(thread)
+        self._alive.add(name)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no thread left
+            self._alive.discard(name)
+            raise
 
     def _await_end(self) -> None:
         """Not by `Thread.join`: one that Ctrl-C interrupts takes the thread for ended (3.11)."""
         with self._state:
-            self._all_handed = True
-            self._state.notify_all()
-            self._state.wait_for(lambda: self._error is not None or not self._files | self._idle)
-            self._state.wait_for(lambda: not self._files)
-            self._state.wait_for(lambda: not self._idle, _PATIENCE)
-            left = set(self._idle)
+            self._for_caller.wait_for(lambda: self._error is not None or not self._alive)
+            self._for_caller.wait_for(lambda: not self._files)
+            self._for_caller.wait_for(lambda: not self._alive, _PATIENCE)
+            left = set(self._alive)
         for thread in self._threads:
             if thread.name not in left and thread.ident is not None:
-                thread.join()  # its stage is over
+                thread.join()  # it is past its last job
 
-    def _reading(self) -> None:
-        for job in self._jobs:
-            entry = _Entry(self._cost(job))
+    def _thread(self) -> None:
+        name = threading.current_thread().name
+        try:
+            while (found := self._next(name)) is not None:
+                entry, value = found
+                del found
+                result = self._work(value)
+                del value
+                self._lay_down(entry, result)
+                del entry, result  # nothing is held while the next one is awaited
+                self._write_due(name)
+        except _Stopped:
+            pass
+        except BaseException as error:  # raised again in the caller's thread
+            self._fail(error)
+        finally:
             with self._state:
-                self._wait(lambda cost=entry.cost: not self._used or self._fits(cost))
-                self._used += entry.cost
-            value = self._read(job)
-            with self._state:
-                self._check()
-                self._entries.append(entry)
-                if self._workers:
-                    self._todo.append((entry, value))
-                else:
-                    entry.value, entry.done = value, True
-                self._state.notify_all()
-            del job, value, entry
+                self._alive.discard(name)
+                self._files.discard(name)
+                self._for_caller.notify()
+
+    def _next(self, name: str) -> tuple[_Entry, T] | None:
+        """The next job, read as soon as there is room for it; None: there is none left."""
         with self._state:
+            self._wait(lambda: not self._reading)
+            if self._all_read:
+                return None
+            self._reading = True
+            self._files.add(name)
+        try:
+            for job in self._jobs:
+                return self._admit(self._cost(job)), self._read(job)
             self._all_read = True
-            self._state.notify_all()
-
-    def _working(self) -> None:
-        while True:
+            return None
+        finally:
             with self._state:
-                self._wait(lambda: bool(self._todo) or self._all_read)
-                if not self._todo:
-                    return
-                entry, value = self._todo.popleft()
-            result = self._work(value)
-            with self._state:
-                self._check()
-                entry.value, entry.done = result, True
-                self._state.notify_all()
-            del entry, value, result
+                self._reading = False
+                self._for_threads.notify_all()
+                self._leave_files(name)
 
-    def _writing(self) -> None:
-        assert self._write is not None
-        self._write(self._handed())
-
-    def _handed(self) -> Iterator[W]:
-        cost = 0
-        while True:
-            with self._state:
-                self._give_back(cost)
-                self._wait(lambda: bool(self._out) or self._all_handed)
-                if not self._out:
-                    return
-                value, cost = self._out.popleft()
-            yield value
-            del value
+    def _admit(self, cost: int) -> _Entry:
+        entry = _Entry(cost)
+        with self._state:
+            self._wait(partial(self._fits, cost))
+            self._used += cost
+            self._entries.append(entry)
+        return entry
 
     def _fits(self, cost: int) -> bool:
-        return self._used + cost <= self._budget
+        return not self._used or self._used + cost <= self._budget
 
-    def _ready(self) -> bool:
-        return bool(self._entries) and self._entries[0].done
+    def _lay_down(self, entry: _Entry, result: R) -> None:
+        with self._state:
+            self._check()
+            entry.result, entry.done = result, True
 
-    def _give_back(self, cost: int) -> None:
-        if cost:
-            self._used -= cost
-            self._state.notify_all()
+    def _write_due(self, name: str) -> None:
+        """Write what is due and there, unless another thread is at it: then that one will."""
+        with self._state:
+            if self._writing:
+                return
+            self._writing = True
+            self._files.add(name)
+        while (entry := self._due(name)) is not None:
+            result, entry.result = entry.result, None
+            self._write(result)
+            del result
+            with self._state:
+                self._used -= entry.cost
+                self._for_threads.notify_all()
+
+    def _due(self, name: str) -> _Entry | None:
+        """The next result to write, if it is there; otherwise this thread writes no longer."""
+        with self._state:
+            self._check()
+            if self._entries and self._entries[0].done:
+                return self._entries.popleft()
+            # Under the same lock: what is laid down from here on finds nobody writing.
+            self._writing = False
+            self._leave_files(name)
+            return None
+
+    def _leave_files(self, name: str) -> None:
+        self._files.discard(name)
+        if self._error is not None:
+            self._for_caller.notify()
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         """Wait, holding the lock; leave at once when the pipeline has failed."""
-        self._state.wait_for(lambda: self._error is not None or condition())
+        self._for_threads.wait_for(lambda: self._error is not None or condition())
         self._check()
 
     def _check(self) -> None:
-        if self._error is None:
-            return
-        if threading.current_thread() in self._threads or isinstance(self._error, _Stopped):
+        if self._error is not None:
             raise _Stopped
-        raise self._error
 
     def _fail(self, error: BaseException) -> None:
         with self._state:
             if self._error is None:
                 self._error = error
             self._entries.clear()
-            self._todo.clear()
-            self._out.clear()
-            self._state.notify_all()
+            self._for_threads.notify_all()
+            self._for_caller.notify()

@@ -9,7 +9,6 @@ and the output (`engine`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -143,32 +142,10 @@ def planned_keys(plan: Plan) -> tuple[str, ...]:
     return tuple(slot.key for pair in plan.edits for slot in pair.slots)
 
 
-class Reader:
-    """Reads cuts; the checkpoints of one cut side by side, since hashing them takes time as well.
-
-    A context manager. Each checkpoint is read by one thread at a time.
-    """
-
-    def __init__(self, inputs: Inputs) -> None:
-        self._checkpoints = inputs.all()
-        self._pool = ThreadPoolExecutor(len(self._checkpoints), "realign-fetch")
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def read(self, cut: Cut) -> Piece:
-        """Read the rows of a cut in every checkpoint that it names."""
-        name, rows = cut.pair.role.name, (cut.start, cut.stop)
-        first, *others = cut.roles
-        futures = {
-            role: self._pool.submit(read_rows, self._checkpoints[role], name, rows)
-            for role in others
-        }
-        tensors = {first: read_rows(self._checkpoints[first], name, rows)}
-        return Piece(cut, tensors | {role: each.result() for role, each in futures.items()})
+def read_cut(cut: Cut, checkpoints: Mapping[str, Checkpoint]) -> Piece:
+    """Read the rows of a cut in every checkpoint that it names."""
+    name, rows = cut.pair.role.name, (cut.start, cut.stop)
+    return Piece(cut, {role: read_rows(checkpoints[role], name, rows) for role in cut.roles})
 
 
 def read_rows(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tensor:

@@ -12,44 +12,42 @@ from hypothesis import strategies as st
 from realign.repair.pipeline import Pipeline
 
 
-def _run(costs: list[int], *, workers: int, budget: int, write: bool = True) -> list[int]:
-    written: list[int] = []
-
-    def consume(values: Iterator[int]) -> None:
-        written.extend(values)
-
-    results: list[int] = []
-    with Pipeline(
-        range(len(costs)),
-        read=lambda job: job * 10,
-        work=lambda value: value + 1,
-        cost=lambda job: costs[job],
-        budget=budget,
-        workers=workers,
-        write=consume if write else None,
-    ) as pipeline:
-        for result in pipeline:
-            results.append(result)
-            if write:
-                pipeline.hand(result)
-    if write:
-        assert written == results
-    return results
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     costs=st.lists(st.integers(0, 10), max_size=20),
-    workers=st.integers(0, 3),
+    workers=st.integers(1, 4),
     budget=st.integers(1, 12),
-    write=st.booleans(),
+    slow=st.sets(st.integers(0, 20)),
 )
-def test_every_result_in_order(costs: list[int], workers: int, budget: int, write: bool) -> None:
-    found = _run(costs, workers=workers, budget=budget, write=write)
-    assert found == [job * 10 + 1 for job in range(len(costs))]
+def test_every_result_is_written_once_and_in_order(
+    costs: list[int], workers: int, budget: int, slow: set[int]
+) -> None:
+    read: list[int] = []
+    written: list[int] = []
+
+    def fetch(job: int) -> int:
+        read.append(job)
+        return job * 10
+
+    def work(value: int) -> int:
+        if value // 10 in slow:
+            time.sleep(0.001)
+        return value + 1
+
+    Pipeline(
+        range(len(costs)),
+        read=fetch,
+        work=work,
+        write=written.append,
+        cost=lambda job: costs[job],
+        budget=budget,
+        workers=workers,
+    ).run()
+    assert read == list(range(len(costs)))
+    assert written == [job * 10 + 1 for job in range(len(costs))]
 
 
-@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("workers", [2, 3])
 def test_never_more_under_way_than_the_budget_but_one_alone(workers: int) -> None:
     costs = [3, 4, 3, 20, 1, 1, 1, 5, 5, 9]
     lock, under_way, most = threading.Lock(), {}, []
@@ -60,30 +58,58 @@ def test_never_more_under_way_than_the_budget_but_one_alone(workers: int) -> Non
             most.append((len(under_way), sum(under_way.values())))
         return job
 
-    def write(values: Iterator[int]) -> None:
-        for job in values:
-            time.sleep(0.002)
-            with lock:
-                del under_way[job]
+    def write(job: int) -> None:
+        time.sleep(0.002)
+        with lock:
+            del under_way[job]
 
-    with Pipeline(
+    Pipeline(
         range(len(costs)),
         read=read,
         work=lambda job: job,
+        write=write,
         cost=lambda job: costs[job],
         budget=10,
         workers=workers,
-        write=write,
-    ) as pipeline:
-        for job in pipeline:
-            pipeline.hand(job)
+    ).run()
     assert not under_way
     assert all(total <= 10 or count == 1 for count, total in most)
     assert max(count for count, _ in most) > 1
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stage", ["jobs", "read", "work", "write", "caller"])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_one_thread_at_a_time_reads_and_one_writes(workers: int) -> None:
+    inside = {"read": 0, "write": 0}
+    most = dict(inside)
+    lock = threading.Lock()
+
+    def stage(name: str, job: int) -> int:
+        with lock:
+            inside[name] += 1
+            most[name] = max(most[name], inside[name])
+        time.sleep(0.0005)
+        with lock:
+            inside[name] -= 1
+        return job
+
+    Pipeline(
+        range(100),
+        read=lambda job: stage("read", job),
+        work=lambda job: job,
+        write=lambda job: void(stage("write", job)),
+        cost=lambda _: 1,
+        budget=8,
+        workers=workers,
+    ).run()
+    assert most == {"read": 1, "write": 1}
+
+
+def void(_: object) -> None:
+    """Nothing comes of it."""
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+@pytest.mark.parametrize("stage", ["jobs", "cost", "read", "work", "write"])
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_the_first_error_ends_all_threads(
     workers: int, stage: str, error: type[BaseException]
@@ -102,25 +128,17 @@ def test_the_first_error_ends_all_threads(
             raise error("here")
         return job
 
-    def write(values: Iterator[int]) -> None:
-        for job in values:
-            written.append(fail("write", job))
-
-    with (
-        pytest.raises(error, match="here"),
-        Pipeline(
-            jobs(),
-            read=lambda job: fail("read", job),
-            work=lambda job: fail("work", job),
-            cost=lambda _: 1,
-            budget=4,
-            workers=workers,
-            write=write,
-        ) as pipeline,
-    ):
-        for job in pipeline:
-            fail("caller", job)
-            pipeline.hand(job)
+    pipeline = Pipeline(
+        jobs(),
+        read=lambda job: fail("read", job),
+        work=lambda job: fail("work", job),
+        write=lambda job: written.append(fail("write", job)),
+        cost=lambda job: 1 + 0 * fail("cost", job),
+        budget=4,
+        workers=workers,
+    )
+    with pytest.raises(error, match="here"):
+        pipeline.run()
     assert threading.active_count() == before
     assert written == list(range(len(written))) and len(written) <= 5
     count = len(written)
@@ -130,53 +148,80 @@ def test_the_first_error_ends_all_threads(
 
 def test_several_are_worked_on_at_once() -> None:
     meet = threading.Barrier(2, timeout=10)
+    written: list[int] = []
 
     def work(job: int) -> int:
         meet.wait()  # passes only where two threads are inside
         return job
 
-    with Pipeline(
-        range(6), read=lambda job: job, work=work, cost=lambda _: 1, budget=4, workers=2
-    ) as pipeline:
-        assert list(pipeline) == list(range(6))
+    Pipeline(
+        range(6),
+        read=lambda job: job,
+        work=work,
+        write=written.append,
+        cost=lambda _: 1,
+        budget=4,
+        workers=2,
+    ).run()
+    assert written == list(range(6))
+
+
+def test_others_go_on_while_the_result_that_is_due_takes_its_time() -> None:
+    """The first job ends last; what was done meanwhile is written right after it."""
+    rest = threading.Event()
+    seen: list[int] = []
+    written: list[int] = []
+
+    def work(job: int) -> int:
+        if job == 0:
+            assert rest.wait(10)
+        seen.append(job)
+        if len(seen) == 4:
+            rest.set()
+        return job
+
+    Pipeline(
+        range(6),
+        read=lambda job: job,
+        work=work,
+        write=written.append,
+        cost=lambda _: 1,
+        budget=5,
+        workers=2,
+    ).run()
+    assert seen[:4] == [1, 2, 3, 4] and written == list(range(6))
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_ctrl_c_while_the_writer_is_awaited(times: int) -> None:
-    """All is handed on and the caller waits: it goes when the write under way is over, not before.
+def test_ctrl_c_while_a_thread_writes(times: int) -> None:
+    """The caller goes when the write under way is over, not before, and nothing follows it.
 
     However often Ctrl-C is pressed meanwhile.
     """
     before = threading.active_count()
     main = threading.main_thread().ident
     assert main is not None
-    leaving = threading.Event()
     written: list[int] = []
 
-    def write(values: Iterator[int]) -> None:
-        for job in values:
-            leaving.wait()
-            if not written:
-                for _ in range(times):
-                    time.sleep(0.05)
-                    signal.pthread_kill(main, signal.SIGINT)
-            time.sleep(0.05)
-            written.append(job)
+    def write(job: int) -> None:
+        if not written:
+            for _ in range(times):
+                time.sleep(0.05)
+                signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.05)
+        written.append(job)
 
-    with (
-        pytest.raises(KeyboardInterrupt),
-        Pipeline(
-            range(8),
-            read=lambda job: job,
-            work=lambda job: job,
-            cost=lambda _: 1,
-            budget=100,
-            write=write,
-        ) as pipeline,
-    ):
-        for job in pipeline:
-            pipeline.hand(job)
-        leaving.set()
+    pipeline = Pipeline(
+        range(8),
+        read=lambda job: job,
+        work=lambda job: job,
+        write=write,
+        cost=lambda _: 1,
+        budget=100,
+        workers=2,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run()
     assert written == [0]
     assert threading.active_count() == before
     time.sleep(0.1)
