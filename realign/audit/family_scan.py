@@ -21,7 +21,7 @@ from torch import Tensor
 
 from realign.audit.subspace_file import SubspaceFile, SubspaceRow
 from realign.audit.weights import MOST_UNMATCHED, NORM, NOT_VALIDATED
-from realign.checkpoint.headers import FLOATS
+from realign.checkpoint.headers import FLOATS, TensorInfo
 from realign.checkpoint.layouts import conform
 from realign.checkpoint.matching import check_architecture
 from realign.checkpoint.names import TensorRole, classify
@@ -30,16 +30,20 @@ from realign.checkpoint.slots import Slot, logical_matrix, slot_shape, slots_of,
 from realign.errors import MismatchError, NonFiniteError
 from realign.progress import SILENT, Progress
 from realign.subspace.family import (
+    FEWEST_ROWS,
     BlockSums,
     FamilyMeter,
     FamilyMetrics,
     FamilyTerms,
+    Scratch,
     merge_family,
 )
 from realign.subspace.threads import torch_threads
 
-READ_BYTES = 8 * 2**20
-"""Bytes of a tensor read at once from each checkpoint."""
+CHUNK_BYTES = 8 * 2**20
+"""Bytes of a tensor in each checkpoint that one thread works on before its sums are taken."""
+READ_BYTES = 2**20
+"""Bytes read at once from each checkpoint: they are still in the cache when they are used."""
 MOST_WORKERS = 4
 """Threads that read and compute: a few keep pace with a fast disk."""
 SAME_NORM = 1e-6
@@ -97,6 +101,8 @@ class _Part:
     row: int
     """Where it begins in the matrix."""
     column: int
+    width: int | None
+    """Its columns, where it does not have all of them."""
     last: bool
     """Nothing of the matrix comes after it."""
 
@@ -155,10 +161,15 @@ def _measure(
     rows: list[FamilyRow] = []
     chunks = [chunk for role in compared for chunk in _chunks(role, reference, subject)]
     total = sum(2 * _nbytes(chunk, reference) for chunk in chunks)
+    scratch = Scratch()
 
     def work(chunk: _Chunk, parts: Sequence[_Part]) -> list[BlockSums]:
-        ref, sub = (_read(each, chunk) for each in (reference, subject))
-        return [_sums(part, chunk, ref, sub) for part in parts]
+        sums = [part.meter.block(part.width, scratch) for part in parts]
+        for rows in _pieces(chunk, reference):
+            ref, sub = (_read(each, chunk.role.name, rows) for each in (reference, subject))
+            for part, block in zip(parts, sums, strict=True):
+                _add(block, part, chunk, rows, (ref, sub))
+        return sums
 
     with progress.task("scanning", total=total, unit="B") as task:
         planned = _planned(file, chunks, reference)
@@ -192,7 +203,8 @@ def _planned(
                 meters[slot.key] = meter
             at = 0 if slot.expert is not None else low - start
             row, column = (0, at) if slot.transposed else (at, 0)
-            parts.append(_Part(slot, meter, low, high, row, column, last=last))
+            width = high - low if slot.transposed and slot.expert is None else None
+            parts.append(_Part(slot, meter, low, high, row, column, width, last=last))
         yield chunk, parts
 
 
@@ -210,7 +222,7 @@ def _some_ahead(
         try:
             for each in planned:
                 waiting.append((each, pool.submit(work, *each)))
-                if len(waiting) > workers:
+                if len(waiting) > 2 * workers:
                     item, future = waiting.popleft()
                     yield item, future.result()
             while waiting:
@@ -221,21 +233,42 @@ def _some_ahead(
                 future.cancel()
 
 
-def _read(checkpoint: Checkpoint, chunk: _Chunk) -> Tensor:
-    name = chunk.role.name
+def _pieces(chunk: _Chunk, reference: Checkpoint) -> Iterator[tuple[int, int]]:
+    """The stored rows of a chunk, as many at once as are read together."""
+    info = reference.tensors[chunk.role.name]
+    step = _rows(info, READ_BYTES)
+    if len(info.shape) == 2:
+        step = max(step, FEWEST_ROWS)
+    for start in range(chunk.start, chunk.stop, step):
+        yield start, min(start + step, chunk.stop)
+
+
+def _read(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tensor:
     if not checkpoint.tensors[name].shape:
         return checkpoint.read(name).reshape(1)
-    return checkpoint.read(name, (chunk.start, chunk.stop))
+    return checkpoint.read(name, rows)
 
 
-def _sums(part: _Part, chunk: _Chunk, reference: Tensor, subject: Tensor) -> BlockSums:
-    """The sums of that part of a chunk which belongs to one matrix."""
-    inside = slice(part.low - chunk.start, part.high - chunk.start)
-    ref, sub = reference[inside], subject[inside]
+def _add(
+    sums: BlockSums,
+    part: _Part,
+    chunk: _Chunk,
+    rows: tuple[int, int],
+    both: tuple[Tensor, Tensor],
+) -> None:
+    """Add what stored rows [start, stop) hold of one matrix to the sums of its part of a chunk."""
+    start, stop = rows
+    low, high = max(part.low, start), min(part.high, stop)
+    if low >= high:
+        return
+    ref, sub = (each[low - start : high - start] for each in both)
     if not _is_matrix(chunk.role, tuple(ref.shape)):
-        return part.meter.sums(ref.reshape(1, -1), sub.reshape(1, -1))
+        sums.add(ref.reshape(1, -1), sub.reshape(1, -1))
+        return
+    at = low - part.low
+    row, column = (0, at) if part.slot.transposed else (at, 0)
     ref, sub = logical_matrix(ref, part.slot), logical_matrix(sub, part.slot)
-    return part.meter.sums(ref, sub, row=part.row)
+    sums.add(ref, sub, row=part.row + row, column=column)
 
 
 def _chunks(role: TensorRole, reference: Checkpoint, subject: Checkpoint) -> Iterator[_Chunk]:
@@ -243,11 +276,16 @@ def _chunks(role: TensorRole, reference: Checkpoint, subject: Checkpoint) -> Ite
     info = reference.tensors[role.name]
     there = subject.tensors[role.name].shape
     total = min(info.shape[0], there[0]) if info.shape else 1
-    row_bytes = max(1, info.nbytes // max(1, info.shape[0] if info.shape else 1))
-    step = max(1, READ_BYTES // row_bytes)
+    step = _rows(info, CHUNK_BYTES)
     for start in range(0, total, step):
         stop = min(start + step, total)
         yield _Chunk(role, start, stop, last=stop == total)
+
+
+def _rows(info: TensorInfo, nbytes: int) -> int:
+    """How many rows make so many bytes, at least one."""
+    row_bytes = info.nbytes // max(1, info.shape[0] if info.shape else 1)
+    return max(1, nbytes // max(1, row_bytes))
 
 
 def _nbytes(chunk: _Chunk, reference: Checkpoint) -> int:

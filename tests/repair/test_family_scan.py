@@ -63,7 +63,8 @@ def matrices(folder: Path) -> dict[str, Tensor]:
 def test_every_matrix_is_what_dense_float64_projectors_give(
     trio_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, chunk: int
 ) -> None:
-    monkeypatch.setattr(family_scan, "READ_BYTES", chunk)
+    monkeypatch.setattr(family_scan, "CHUNK_BYTES", chunk)
+    monkeypatch.setattr(family_scan, "READ_BYTES", min(chunk // 3, family_scan.READ_BYTES))
     trio = trio_of(arch)
     file = family(trio, tmp_path / "safety.safetensors")
     found = scan(file, trio.aligned, trio.finetuned)
@@ -92,6 +93,22 @@ def test_every_matrix_is_what_dense_float64_projectors_give(
     assert found.line == "weight screening: NOT validated"
     assert sum(table.known for table in found.per_module.values()) == len(file.rows)
     assert sum(table.known for table in found.per_layer.values()) == len(file.rows)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_oss"])
+def test_the_number_of_threads_changes_no_bit(
+    trio_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    monkeypatch.setattr(family_scan, "CHUNK_BYTES", 3000)
+    monkeypatch.setattr(family_scan, "READ_BYTES", 1000)
+    trio = trio_of(arch)
+    file = family(trio, tmp_path / "safety.safetensors")
+    found: list[FamilyScan] = []
+    for workers in (1, 4):
+        monkeypatch.setattr(family_scan, "MOST_WORKERS", workers)
+        monkeypatch.setattr("os.cpu_count", lambda: 4)
+        found.append(scan(file, trio.aligned, trio.finetuned))
+    assert found[0] == found[1]
 
 
 def test_norms_count_in_the_distance_and_vocabularies_stand_apart(trio_of, tmp_path: Path) -> None:

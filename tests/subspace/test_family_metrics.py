@@ -128,3 +128,50 @@ def test_any_partition_into_blocks_gives_what_dense_projectors_give(
     scale = float(t.norm() * kept.norm())
     assert found.cross == pytest.approx(float((t * kept).sum()), abs=1e-10 * scale)
     assert found.chance == pytest.approx(min(k, *shape) / shape[0] * found.task, rel=1e-12)
+
+
+def tiles(shape: tuple[int, int], step: tuple[int, int]) -> list[tuple[slice, slice]]:
+    return [
+        (slice(row, min(row + step[0], shape[0])), slice(column, min(column + step[1], shape[1])))
+        for row in range(0, shape[0], step[0])
+        for column in range(0, shape[1], step[1])
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("step", [(300, 500), (7, 500), (300, 11), (100, 64)])
+def test_the_order_in_memory_and_the_pieces_of_a_run_do_not_matter(
+    dtype: torch.dtype, step: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("realign.subspace.family.BLOCK", 2000)
+    shape = (300, 500)
+    reference, a, t = (matrix(*shape, seed=i) for i in range(3))
+    reference, subject = reference.to(dtype), (reference + 0.05 * t).to(dtype)
+    triplets = top_triplets(a, 20)
+    delta = subject.double() - reference.double()
+    image = triplets.u.T @ delta
+    for one, two in ((reference, subject), (reference.T.clone().T, subject.T.clone().T)):
+        meter = FamilyMeter(shape[1], triplets)
+        block = meter.block()
+        for part in tiles(shape, step):
+            block.add(one[part], two[part], row=part[0].start, column=part[1].start)
+        meter.take(block)
+        found = meter.terms()
+        assert found.task == pytest.approx(float(delta.square().sum()), rel=1e-6)
+        assert found.reference == pytest.approx(float(reference.double().square().sum()), rel=1e-6)
+        assert found.projected == pytest.approx(float(image.square().sum()), rel=1e-6)
+        expected = float((image * (triplets.s[:, None] * triplets.v.T)).sum())
+        scale = math.sqrt(found.task * found.alignment)
+        assert found.cross == pytest.approx(expected, abs=1e-7 * scale)
+
+
+def test_an_entry_that_is_not_finite_shows_also_where_nothing_else_changed() -> None:
+    reference = torch.ones(6, 8, dtype=torch.bfloat16)
+    for bad in (math.nan, math.inf):
+        for whose in (0, 1):
+            both = [reference.clone(), reference.clone()]
+            both[whose][2, 3] = bad
+            meter = FamilyMeter(8, top_triplets(A.new_ones(6, 8), 1))
+            meter.add(*both)
+            assert not math.isfinite(meter.terms().task)
+            assert math.isfinite(meter.terms().reference) == (whose == 1)
