@@ -10,9 +10,9 @@ from typing import Any
 
 from realign.audit.schema import Report, atomic_write
 from realign.errors import OutputError
-from realign.report.html import RepairStory, render
+from realign.report.html import render
 from realign.report.pictures import heat_map, layer_panels, rate_bars, save
-from realign.report.repair import layer_curves, manifest_rows, repair_story
+from realign.report.repair import RepairStory, repair_story
 from realign.report.view import (
     Column,
     columns_of,
@@ -72,21 +72,3 @@ def write_report_files(
             f"{pictures}: cannot be written ({error.strerror})", "check space and permissions"
         ) from error
     return (page, *written)
-
-
-def write_repair_picture(manifest: Mapping[str, Any], file: Path) -> Path | None:
-    """Draw rank, entropy, edit norm and survival per layer; None if the rows hold none of them.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    panels = layer_curves(manifest_rows(manifest))
-    if not panels:
-        return None
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return save(layer_panels(panels), file)
-    except OSError as error:
-        raise OutputError(
-            f"{file}: cannot be written ({error.strerror})", "check space and permissions"
-        ) from error

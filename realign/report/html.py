@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from realign.audit.schema import ComparisonEntry, Report
 from realign.report import words
 from realign.report.page import environment, markup
-from realign.report.pictures import Panel, heat_map, layer_panels, rate_bars, to_svg
+from realign.report.pictures import heat_map, layer_panels, rate_bars, to_svg
 from realign.report.view import (
     Column,
     RateRow,
@@ -30,6 +30,8 @@ from realign.report.view import (
 if TYPE_CHECKING:
     from markupsafe import Markup
 
+    from realign.report.repair import RepairStory
+
 _MAX_HEAT_MAP_ROWS = 60
 
 
@@ -39,14 +41,6 @@ class Picture:
 
     svg: Markup
     caption: str
-
-
-@dataclass(frozen=True)
-class RepairStory:
-    """What the page says about a repair: facts in words, and curves over the layers."""
-
-    facts: tuple[tuple[str, str], ...]
-    panels: tuple[Panel, ...]
 
 
 def render(

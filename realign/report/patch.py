@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from realign.report.repair import settings_text, size, vector_text
+from realign.checkpoint.space import size_text
+from realign.report.repair import settings_text, vector_text
 from realign.report.tables import plain_table
 from realign.report.words import MISSING, number
 
@@ -45,7 +46,7 @@ def patch_summary(facts: Mapping[str, Any]) -> str:
     kind = "adapter with the repair in it" if facts["extends_adapter"] else "patch"
     share = "" if facts["percent"] is None else f" ({facts['percent']:.2g} % of the checkpoint)"
     error = "exact" if facts["exact"] else f"truncated, largest relative error {facts['error']:.3g}"
-    where = f"in {facts['modules']} modules, {size(facts['nbytes'])}{share}"
+    where = f"in {facts['modules']} modules, {size_text(facts['nbytes'])}{share}"
     return f"{kind}: {ranks_text(facts)} {where}, {error}"
 
 
@@ -92,7 +93,7 @@ def patch_tables(found: Inspection) -> tuple[RenderableType, ...]:
             else Text("#" * max(1, round(_BAR * ranks[layer] / highest)), style="cyan"),
             number(sum(each.norm**2 for each in members) ** 0.5),
             number(error) if error else MISSING,
-            size(sum(each.module.nbytes for each in members)),
+            size_text(sum(each.module.nbytes for each in members)),
         )
     return (*lines, "", table)
 
@@ -119,7 +120,7 @@ def _facts(found: Inspection) -> list[tuple[str, str]]:
         ("safety vector", vector_text(origin.get("safety_vector"))),
         ("from", inputs),
         ("strength", f"{patch.strength:g}"),
-        ("size", f"{size(patch.nbytes)} in {modules} modules{share}"),
+        ("size", f"{size_text(patch.nbytes)} in {modules} modules{share}"),
         (
             "edit",
             f"truncated, largest relative error {found.error:.3g}"

@@ -28,6 +28,7 @@ _HATCHES = ("", "///", "..", "\\\\\\", "xx")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _DASHES = ("-", "--", "-.", ":")
 _WIDTH = 8.6
+_DPI = 150
 
 _STYLE: dict[Any, Any] = {
     "font.family": "sans-serif",
@@ -161,12 +162,13 @@ def layer_panels(panels: Sequence[Panel]) -> Figure:
                     color=_line_colour(index),
                     markersize=4.5,
                     linewidth=1.1,
+                    clip_on=False,  # a marker on the frame is still a whole one
                 )
             axes.set_title(panel.title)
             axes.grid(color=FAINT, linewidth=0.5)
             if panel.floor is not None:
                 axes.set_ylim(bottom=panel.floor)
-            _layer_ticks(axes, layers)
+        _layer_ticks(axes_of[-1], layers)
         axes_of[-1].set_xlabel("layer")
         handles, labels = axes_of[0].get_legend_handles_labels()
         if handles:
@@ -243,11 +245,26 @@ def to_svg(figure: Figure, *, label: str) -> str:
     return element.replace("<svg", f'<svg role="img" aria-label="{spoken}"', 1)
 
 
+def to_png(figure: Figure) -> bytes:
+    """Return the figure as a PNG file."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    with style():
+        figure.set_dpi(_DPI)
+        # Not `savefig`: where a figure has a layout, that goes through all of it twice.
+        FigureCanvasAgg(figure).print_png(buffer)
+    return buffer.getvalue()
+
+
 def save(figure: Figure, file: Path) -> Path:
     """Write the figure; the suffix of `file` chooses SVG, PNG or PDF."""
+    if file.suffix == ".png":
+        file.write_bytes(to_png(figure))
+        return file
     with style():
         metadata = {"Date": None} if file.suffix == ".svg" else {}
-        figure.savefig(file, dpi=150, metadata=metadata)
+        figure.savefig(file, dpi=_DPI, metadata=metadata)
     return file
 
 
@@ -302,7 +319,7 @@ def _figure(height: float, *, rows: int) -> tuple[Figure, list[Axes]]:
 
     figure = Figure(figsize=(_WIDTH, max(height, 1.2)), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(max(rows, 1), 1, squeeze=False)
+    axes = figure.subplots(max(rows, 1), 1, squeeze=False, sharex=True)
     return figure, [each[0] for each in axes][: max(rows, 1)]
 
 

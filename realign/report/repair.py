@@ -7,12 +7,13 @@ table needs.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from realign.checkpoint.space import size_text
 from realign.repair.record import LOW_SURVIVAL, TensorRow
-from realign.report.html import RepairStory
-from realign.report.pictures import Line, Panel
+from realign.report.pictures import Line, Panel, layer_panels, to_png
 from realign.report.tables import plain_table
 from realign.report.words import MISSING, number
 
@@ -31,6 +32,14 @@ _CURVES = (
 )
 
 
+@dataclass(frozen=True)
+class RepairStory:
+    """What an HTML page says about a repair: facts in words, and curves over the layers."""
+
+    facts: tuple[tuple[str, str], ...]
+    panels: tuple[Panel, ...]
+
+
 def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     """Return what `--dry-run` shows: inputs, settings, tensors by module, costs, remarks."""
     from rich.text import Text
@@ -39,7 +48,7 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     for role, each in plan.inputs.items():
         pinned = f" @ {each.commit[:12]}" if each.commit else ""
         adapter = " (adapter, merged)" if each.kind == "adapter" else ""
-        inputs.add_row(role, Text(f"{each.source}{pinned}{adapter}"), size(each.weight_bytes))
+        inputs.add_row(role, Text(f"{each.source}{pinned}{adapter}"), size_text(each.weight_bytes))
 
     tensors = plain_table("Tensors")
     for title in ("module", "tensors", "layers", "action", "why"):
@@ -56,8 +65,8 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
         ("device, seed", f"{plan.device}, {plan.seed}"),
         (
             "reads, writes, peak",
-            f"{size(estimate.read)}, {size(estimate.written)}, "
-            f"about {size(estimate.peak_memory)} of memory",
+            f"{size_text(estimate.read)}, {size_text(estimate.written)}, "
+            f"about {size_text(estimate.peak_memory)} of memory",
         ),
         ("output", f"{plan.output or ''}{' (LoRA patch)' if plan.patch else ''}"),
     ]
@@ -110,6 +119,12 @@ def layer_curves(rows: Iterable[TensorRow]) -> tuple[Panel, ...]:
     return tuple(panels)
 
 
+def repair_picture(manifest: Mapping[str, Any]) -> bytes | None:
+    """Draw rank, entropy, edit norm and survival per layer; None if the rows hold none of them."""
+    panels = layer_curves(manifest_rows(manifest))
+    return to_png(layer_panels(panels)) if panels else None
+
+
 def repair_story(manifest: Mapping[str, Any]) -> RepairStory:
     """Return what an HTML report says about the repair that wrote `manifest`."""
     rows = manifest_rows(manifest)
@@ -143,16 +158,6 @@ def settings_text(settings: Mapping[str, object]) -> list[str]:
 def vector_text(kind: str | None) -> str:
     """Return the definition of the safety vector."""
     return "" if kind is None else f"aligned - {kind}"
-
-
-def size(count: int) -> str:
-    """Return bytes in words: "2.7 MB"."""
-    value = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1000
-    return f"{value:.1f} TB"
 
 
 def _by_module(pairs: Sequence[TensorPair]) -> list[tuple[str, str, str, str, str]]:

@@ -78,10 +78,10 @@ def work(name: str, number: int, target: Path, key: str) -> None:
     import torch
     from architectures.examine import examine
 
-    from realign.report import files
+    from realign.report import repair as drawing
 
     torch.set_num_threads(1)
-    files.write_repair_picture = lambda *_: None  # drawing is half of the time
+    drawing.repair_picture = lambda *_: None  # drawing is half of the time
     folder = Path(tempfile.mkdtemp(prefix="sweep-"))
     start = time.monotonic()
     try:

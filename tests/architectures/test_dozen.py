@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from architectures.examine import examine
 
-from realign.report import files
+from realign.report import repair as drawing
 
 DOZEN = (
     "gpt2",  # Conv1D: matrices stored transposed, fused query, key and value
@@ -30,7 +30,7 @@ DOZEN = (
 @pytest.mark.parametrize("name", DOZEN)
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_repaired_end_to_end(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "write_repair_picture", lambda *_: None)  # half of the time
+    monkeypatch.setattr(drawing, "repair_picture", lambda *_: None)  # half of the time
     monkeypatch.setenv("REALIGN_CACHE", "")  # examine points it at its folder; put back here
     record = examine(name, tmp_path / "trio", number=DOZEN.index(name))
     assert not record.problems, record.problems

@@ -14,7 +14,7 @@ from support.cli_support import FAMILY, digest, family_options, model, realign, 
 from realign.audit.schema import read_report
 from realign.checkpoint.manifest import sha256_file
 from realign.checkpoint.verification import verify_output
-from realign.report import files
+from realign.report import repair as drawing
 from realign_cli.command import PAGES
 from realign_cli.pages import render_all
 
@@ -71,7 +71,7 @@ def test_a_picture_that_cannot_be_drawn_leaves_nothing(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(files, "save", fail)
+    monkeypatch.setattr(drawing, "to_png", fail)
     result = realign("repair", model(), *replace_options("-o", tmp_path / "out"))
     assert result.exit_code != 0
     assert list(tmp_path.iterdir()) == []
@@ -343,6 +343,23 @@ def test_lab_claims_prints_both_claims(tmp_path: Path) -> None:
     ids=["help needs no torch", "the engine needs no model library"],
 )
 def test_what_is_not_imported(code: str, heavy: set[str]) -> None:
+    assert_not_imported(code, heavy)
+
+
+def test_a_repair_of_folders_imports_what_it_uses(tmp_path: Path) -> None:
+    arguments = ["repair", model(), *family_options(), "--method", "resta", "-o", tmp_path / "out"]
+    words = [str(each) for each in [*arguments, "--json", "--quiet", "--offline"]]
+    assert_not_imported(
+        f"from realign_cli.main import run; assert run({words}) == 0",
+        {
+            *("transformers", "scipy", "huggingface_hub", "jinja2", "yaml"),
+            *("matplotlib.pyplot", "realign.audit.schema", "realign.report.html"),
+        },
+    )
+    assert (tmp_path / "out" / "realign-audit" / "repair.png").is_file()
+
+
+def assert_not_imported(code: str, heavy: set[str]) -> None:
     code += f"; import sys; sys.exit(' '.join({heavy} & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

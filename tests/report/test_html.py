@@ -9,8 +9,9 @@ import pytest
 from support.report_support import HOSTILE, make_report
 
 from realign.audit.schema import Report
-from realign.report.html import RepairStory, interval_bar, render
+from realign.report.html import interval_bar, render
 from realign.report.pictures import Line, Panel
+from realign.report.repair import RepairStory
 from realign.report.view import Column, columns_of
 
 STORY = RepairStory(

@@ -6,13 +6,13 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from realign.errors import UsageError
 from realign_cli.command import FLAG, Example, command
+from realign_cli.imports import swift_imports
 from realign_cli.options import (
     AUDIT_PANEL,
     Aligned,
@@ -238,7 +238,8 @@ def repair(
             "write the patch, then audit the fine-tune with it: realign audit ... MODEL+PATCH",
         )
 
-    from realign.repair.request import RepairRequest
+    with swift_imports():
+        from realign.repair.request import RepairRequest
 
     chosen = list(settings or [])
     if safety_vector is not None:
@@ -285,8 +286,9 @@ def repair(
 
 
 def _show_plan(sink: Sink, request: RepairRequest) -> None:
-    from realign.repair.plan import plan
-    from realign.report.repair import plan_tables
+    with swift_imports():
+        from realign.repair.plan import plan
+        from realign.report.repair import plan_tables
 
     planned: Plan = plan(request, progress=sink.progress)
     for doubt in planned.doubts:
@@ -296,9 +298,10 @@ def _show_plan(sink: Sink, request: RepairRequest) -> None:
 
 
 def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: RepairGate | None) -> None:
-    from realign.repair.engine import repair as carry_out
-    from realign.report.patch import patch_facts, patch_summary
-    from realign.report.repair import rows_table
+    with swift_imports():
+        from realign.repair.engine import repair as carry_out
+        from realign.report.patch import patch_facts, patch_summary
+        from realign.report.repair import rows_table
 
     before_commit: Callable[[Path], None] | None = gate
     result = carry_out(
@@ -348,8 +351,7 @@ def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: RepairGate | N
 
 def _picture(manifest: Mapping[str, Any]) -> dict[str, bytes]:
     """Draw the repair while its output can still be taken back."""
-    from realign.report.files import write_repair_picture
+    from realign.report.repair import repair_picture
 
-    with TemporaryDirectory() as folder:
-        file = write_repair_picture(manifest, Path(folder) / Path(PICTURE).name)
-        return {} if file is None else {PICTURE: file.read_bytes()}
+    picture = repair_picture(manifest)
+    return {} if picture is None else {PICTURE: picture}

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from realign_cli.command import Example, command
+from realign_cli.imports import swift_imports
 from realign_cli.sink import Sink
 
 EXAMPLES = (
@@ -49,15 +50,16 @@ def verify(
     ],
 ) -> int | None:
     """Check a repaired checkpoint or a LoRA patch against its manifest: is it intact?"""
-    from realign.checkpoint.verification import verify_output
-    from realign.report.repair import size
+    with swift_imports():
+        from realign.checkpoint.space import size_text
+        from realign.checkpoint.verification import verify_output
 
     report = verify_output(folder, sink.progress)
     sink.document(report.to_json())
     if report.intact:
         sink.line(
             f"intact: {folder} ({report.kind}, {report.checked} files, {report.tensors} tensors, "
-            f"{size(report.nbytes)})"
+            f"{size_text(report.nbytes)})"
         )
         return 0
     for problem in report.problems:
