@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from realign_cli.imports import swift_imports
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
@@ -20,9 +21,10 @@ def measure_subject(
     sink: Sink, subject: str, file: Path, *, reference: str | None, offline: bool
 ) -> int | None:
     """Measure a fine-tune and show it; returns the exit code, None for 0."""
-    from realign.audit.family_scan import scan_family
-    from realign.audit.subspace_file import read_subspace
-    from realign.checkpoint.reader import open_checkpoint
+    with swift_imports():
+        from realign.audit.family_scan import scan_family
+        from realign.audit.subspace_file import read_subspace
+        from realign.checkpoint.reader import open_checkpoint
 
     known = read_subspace(file)
     aligned = known.aligned.address if reference is None else reference

@@ -15,6 +15,7 @@ from realign._version import __version__
 from realign_cli.command import FLAG, Example, HelpOption, epilog
 from realign_cli.commands import audit, demo, diff, lab, methods, patch, repair, subspace, verify
 from realign_cli.errors import report
+from realign_cli.imports import leave_the_rest
 from realign_cli.sink import Sink
 
 _INTERRUPTED_WHILE_PARSING = 130
@@ -96,4 +97,6 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def main() -> None:
     """Run the command line."""
-    sys.exit(run())
+    code = run()
+    leave_the_rest()
+    sys.exit(code)

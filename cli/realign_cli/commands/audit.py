@@ -12,6 +12,7 @@ import typer
 
 from realign.errors import UsageError
 from realign_cli.command import FLAG, Example, command
+from realign_cli.imports import swift_imports
 from realign_cli.options import (
     AUDIT_PANEL,
     MODELS_PANEL,
@@ -168,8 +169,9 @@ def audit(
     if not suites:
         raise UsageError("an audit needs at least one suite", "give one with --suite FILE")
 
-    from realign.audit.policy import load_policy
-    from realign.audit.request import AuditRequest
+    with swift_imports():
+        from realign.audit.policy import load_policy
+        from realign.audit.request import AuditRequest
 
     request = AuditRequest(
         subject=subject,
@@ -199,9 +201,10 @@ def audit(
 
 def run(sink: Sink, request: AuditRequest) -> int:
     """Run an audit, write its files, show it; the exit code."""
-    from realign.audit.run import run_audit
-    from realign.report.files import write_report_files
-    from realign.report.terminal import render
+    with swift_imports():
+        from realign.audit.run import run_audit
+        from realign.report.files import write_report_files
+        from realign.report.terminal import render
 
     report = run_audit(request, progress=sink.progress)
     files = write_report_files(report, request.out, manifest=manifest_of(request.repaired))
@@ -213,8 +216,9 @@ def run(sink: Sink, request: AuditRequest) -> int:
 
 
 def _show_plan(sink: Sink, request: AuditRequest) -> int:
-    from realign.audit.prepare import plan_audit
-    from realign.report.planning import audit_plan_tables
+    with swift_imports():
+        from realign.audit.prepare import plan_audit
+        from realign.report.planning import audit_plan_tables
 
     planned = plan_audit(request)
     sink.document(

@@ -9,6 +9,7 @@ import typer
 
 from realign.errors import OutputError, UsageError
 from realign_cli.command import FLAG, OUTPUT_PANEL, Example, command
+from realign_cli.imports import swift_imports
 from realign_cli.options import MODELS_PANEL, Offline
 from realign_cli.sink import Sink
 
@@ -121,7 +122,8 @@ def diff(
     offline: Offline = False,
 ) -> int | None:
     """Show what changed between two checkpoints: norms, cosines, spectra, config, tokenizer."""
-    from realign.report.diff import ORDERS, Order, diff_tables, summary
+    with swift_imports():
+        from realign.report.diff import ORDERS, Order, diff_tables, summary
 
     orders: dict[str, Order] = {str(each): each for each in ORDERS}
     if sort not in orders:

@@ -10,6 +10,7 @@ import typer
 
 from realign.errors import OutputError
 from realign_cli.command import Example, HelpOption, command, epilog
+from realign_cli.imports import swift_imports
 from realign_cli.options import Device, Seed
 from realign_cli.sink import Sink
 
@@ -89,8 +90,9 @@ def build(
     device: Device = "cpu",
 ) -> int | None:
     """Train a base, an aligned and fine-tuned models into OUT, or finish an interrupted build."""
-    from realign.lab.build import build_family
-    from realign.lab.record import read_record
+    with swift_imports():
+        from realign.lab.build import build_family
+        from realign.lab.record import read_record
 
     folder = build_family(
         out,
@@ -135,8 +137,9 @@ def claims(
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", "remove it, or choose another -o")
 
-    from realign.lab.claims import measure_claims
-    from realign.lab.record import write_json
+    with swift_imports():
+        from realign.lab.claims import measure_claims
+        from realign.lab.record import write_json
 
     found = measure_claims(
         family,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from realign_cli.command import Example, command
+from realign_cli.imports import swift_imports
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ def methods(
     ] = None,
 ) -> int | None:
     """List the repair methods, or show the card of one."""
-    from realign.repair.registry import find_method, method_names
+    with swift_imports():
+        from realign.repair.registry import find_method, method_names
 
     if name is None:
         classes = [find_method(each) for each in method_names()]

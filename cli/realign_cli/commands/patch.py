@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from realign_cli.command import FLAG, Example, HelpOption, command, epilog
+from realign_cli.imports import swift_imports
 from realign_cli.options import Offline
 from realign_cli.sink import Sink
 
@@ -101,8 +102,9 @@ def apply(
     offline: Offline = False,
 ) -> int | None:
     """Merge a patch into its model and write the checkpoint."""
-    from realign.repair.patch_apply import ApplyRequest, apply_patch
-    from realign.report.repair import rows_table
+    with swift_imports():
+        from realign.repair.patch_apply import ApplyRequest, apply_patch
+        from realign.report.repair import rows_table
 
     result = apply_patch(
         ApplyRequest(
@@ -142,8 +144,9 @@ def scale(
     offline: Offline = False,
 ) -> int | None:
     """Write the patch with another strength."""
-    from realign.repair.patch_file import open_patch
-    from realign.repair.patch_scale import scale_patch
+    with swift_imports():
+        from realign.repair.patch_file import open_patch
+        from realign.repair.patch_scale import scale_patch
 
     opened = open_patch(patch, offline=offline, progress=sink.progress)
     scale_patch(
@@ -161,8 +164,9 @@ def scale(
 @command(group, "inspect", examples=INSPECT_EXAMPLES, notes=INSPECT_NOTES, group="patch")
 def inspect(sink: Sink, patch: Patch, *, offline: Offline = False) -> int | None:
     """Show what a patch holds and which model it belongs to."""
-    from realign.repair.patch_inspect import inspect_patch
-    from realign.report.patch import patch_tables
+    with swift_imports():
+        from realign.repair.patch_inspect import inspect_patch
+        from realign.report.patch import patch_tables
 
     found = inspect_patch(patch, offline=offline, progress=sink.progress)
     sink.document(found.to_json())

@@ -12,6 +12,7 @@ import typer
 
 from realign.errors import OutputError, UsageError
 from realign_cli.command import Example, command
+from realign_cli.imports import swift_imports
 from realign_cli.options import MODELS_PANEL, Device, Offline
 from realign_cli.sink import Sink
 
@@ -132,7 +133,8 @@ def subspace(
     if picture != "none" and drawing.exists():
         raise OutputError(f"{drawing} exists already", "remove it, or use --picture none")
 
-    from realign.repair.subspace_file import SubspaceRequest, write_subspace
+    with swift_imports():
+        from realign.repair.subspace_file import SubspaceRequest, write_subspace
 
     request = SubspaceRequest(
         aligned=model,
