@@ -22,6 +22,12 @@ from realign.errors import CheckpointError, HeaderError
 
 _CHUNK = 8 * 2**20
 
+_AHEAD = 8 * 2**20
+"""What the system is asked to fetch while a file is read from front to back."""
+
+_GAP = 2**16
+"""Bytes that may be left out where a file still counts as read in order."""
+
 
 class TensorFiles:
     """Open files, one handle each, read from any thread."""
@@ -31,6 +37,7 @@ class TensorFiles:
         """Called with all that is read, in the thread that reads: file, position, bytes."""
         self._buffers = Buffers()
         self._handles: dict[Path, int] = {}
+        self._reached: dict[Path, tuple[int, int]] = {}  # read up to, asked for up to
         self._lock = Lock()
 
     def read(self, info: TensorInfo, rows: tuple[int, int] | None = None) -> Tensor:
@@ -71,6 +78,7 @@ class TensorFiles:
 
     def _fill(self, info: TensorInfo, buffer: memoryview, offset: int) -> None:
         handle = self._handle(info.file)
+        self._ask_ahead(info.file, handle, offset, offset + len(buffer))
         done = 0
         while done < len(buffer):
             try:
@@ -85,6 +93,20 @@ class TensorFiles:
             done += count
         if self.observer is not None:
             self.observer(info.file, offset, buffer)
+
+    def _ask_ahead(self, file: Path, handle: int, start: int, end: int) -> None:
+        """Have the system fetch what comes next, while this thread works on what it has.
+
+        Only a hint, so two threads that read one file may both be wrong about it.
+        """
+        if not hasattr(os, "posix_fadvise"):  # pragma: no cover (macOS)
+            return
+        before, asked = self._reached.get(file, (-1, 0))
+        if before >= 0 and 0 <= start - before <= _GAP and asked - end < _AHEAD // 2:
+            asked = max(asked, end)
+            os.posix_fadvise(handle, asked, _AHEAD, os.POSIX_FADV_WILLNEED)
+            asked += _AHEAD
+        self._reached[file] = (end, asked)
 
     def _handle(self, file: Path) -> int:
         with self._lock:
