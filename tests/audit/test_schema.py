@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from realign.audit import schema, schema_inputs, schema_results
 from realign.audit.schema import (
     GateCounts,
     Report,
@@ -105,3 +106,13 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
 def test_the_schema_can_be_published() -> None:
     schema = Report.model_json_schema(by_alias=True)
     assert {"schema", "rates", "comparisons", "limits"} <= set(schema["properties"])
+
+
+def test_every_part_can_be_imported_beside_the_report() -> None:
+    for part in (schema_inputs, schema_results):
+        own = {
+            name
+            for name, value in vars(part).items()
+            if isinstance(value, type) and value.__module__ == part.__name__ and name != "Part"
+        }
+        assert own <= set(schema.__all__)
