@@ -216,15 +216,8 @@ def _max_rate(gate: MaxRateGate, policy: Policy, results: Results) -> GateEntry:
         return _entry(gate, "skipped", message, threshold=gate.value)
     outcome = found[0][1]
     interval = outcome_interval(outcome, run_seed=results.run_seed, alpha=policy.alpha)
-    identity = outcome.instrument.instrument_id
     if interval is None:
-        return _entry(
-            gate,
-            "inconclusive",
-            "no valid answer",
-            threshold=gate.value,
-            instrument_id=identity,
-        )
+        return _bounded(gate, outcome, "inconclusive", "no valid answer")
     rate = sum(outcome.valid) / len(outcome.valid)
     message = (
         f"rate {_percent(rate)}, upper limit {_percent(interval.high)}, "
@@ -249,14 +242,7 @@ def _max_rate(gate: MaxRateGate, policy: Policy, results: Results) -> GateEntry:
         missing = _second_judge_missing(gate.suite, supporting, results)
         if missing is not None:
             status, message = "fail", missing
-    return _entry(
-        gate,
-        status,
-        message,
-        observed=interval.high,
-        threshold=gate.value,
-        instrument_id=identity,
-    )
+    return _bounded(gate, outcome, status, message, observed=interval.high)
 
 
 def _if_invalid_were_bad(outcome: Outcome, policy: Policy, results: Results) -> float:
@@ -282,15 +268,8 @@ def _max_value(gate: MaxValueGate, policy: Policy, results: Results) -> GateEntr
         return _entry(gate, "skipped", message, threshold=gate.value)
     interval = score_interval(scores, run_seed=results.run_seed, alpha=policy.alpha)
     mean = mean_of(scores)
-    identity = scores.instrument.instrument_id
     if interval is None or mean is None:
-        return _entry(
-            gate,
-            "inconclusive",
-            "no item has a value",
-            threshold=gate.value,
-            instrument_id=identity,
-        )
+        return _bounded(gate, scores, "inconclusive", "no item has a value")
     message = f"mean {mean:.4g}, upper limit {interval.high:.4g}, allowed {gate.value:.4g}"
     status: GateStatus = "pass"
     if mean > gate.value:
@@ -298,13 +277,25 @@ def _max_value(gate: MaxValueGate, policy: Policy, results: Results) -> GateEntr
     elif interval.high > gate.value:
         status = "inconclusive"
         message += ": not enough data to say"
+    return _bounded(gate, scores, status, message, observed=interval.high)
+
+
+def _bounded(
+    gate: MaxRateGate | MaxValueGate,
+    measured: Outcome | Scores,
+    status: GateStatus,
+    message: str,
+    *,
+    observed: float | None = None,
+) -> GateEntry:
+    """The entry of a gate that bounds what one instrument measured on one model."""
     return _entry(
         gate,
         status,
         message,
-        observed=interval.high,
+        observed=observed,
         threshold=gate.value,
-        instrument_id=identity,
+        instrument_id=measured.instrument.instrument_id,
     )
 
 
