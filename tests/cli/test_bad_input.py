@@ -7,13 +7,8 @@ wrong, and checks that the message names it and that a next step follows.
 from __future__ import annotations
 
 import json
-import os
-import resource
 import shutil
-import signal
-import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
 
@@ -29,41 +24,18 @@ from support.cli_support import (
     realign,
     suite,
 )
-from support.refusal_support import refused
+from support.refusal_support import nothing_left, refused
+from support.refusal_support import repair_at_work as repair
 from torch import Tensor
 
-from realign_cli import progress as progress_module
-
-LIMIT = 40_000
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 Tensors = dict[str, Tensor]
 
 
 @pytest.fixture(autouse=True)
-def nothing_changes_and_nothing_stays(tmp_path: Path) -> object:
-    """Every test here writes to `tmp_path/work/out`; nothing may be left, the family untouched."""
-    before = digest(FAMILY)
-    work = tmp_path / "work"
-    work.mkdir()
-    yield
-    assert digest(FAMILY) == before, "an input was changed"
-    left = [path.name for path in work.iterdir() if not path.name.endswith(".allowed")]
-    assert not left, f"left behind: {left}"
-
-
-def repair(
-    tmp_path: Path,
-    finetuned: str | Path | None = None,
-    *options: str | Path,
-    **family: str | Path | None,
-) -> Outcome:
-    return realign(
-        "repair",
-        finetuned or model(),
-        *family_options(**family),
-        *("--method", "replace", "--device", "cpu", "--quiet", "-o", tmp_path / "work" / "out"),
-        *options,
-    )
+def nothing_changes_and_nothing_stays(tmp_path: Path) -> Iterator[None]:
+    with nothing_left(tmp_path / "work"):
+        yield
 
 
 def audit(tmp_path: Path, *options: str | Path, subject: Path | None = None) -> Outcome:
@@ -307,96 +279,6 @@ def test_a_missing_chat_template(tmp_path: Path) -> None:
     settings.pop("chat_template", None)
     file.write_text(json.dumps(settings))
     refused(audit(tmp_path, "--suite", suite("harmful"), subject=copy), "chat template", str(copy))
-
-
-# --- the output ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["folder", "file", "empty folder"])
-def test_an_output_that_exists(tmp_path: Path, kind: str) -> None:
-    out = tmp_path / "here"
-    if kind == "file":
-        out.write_text("mine")
-    else:
-        out.mkdir()
-        if kind == "folder":
-            (out / "precious.txt").write_text("mine")
-    result = repair(tmp_path, None, "-o", out)
-    refused(result, str(out), "exists")
-    if kind == "folder":
-        assert [path.name for path in out.iterdir()] == ["precious.txt"]
-
-
-def test_an_output_inside_an_input(tmp_path: Path) -> None:
-    copy = damaged("howto2_p5", tmp_path)
-    refused(repair(tmp_path, copy, "-o", copy / "repaired"), "inside")
-    assert not (copy / "repaired").exists()
-
-
-def test_a_disk_that_is_too_small_shows_before_a_byte_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1000))
-    refused(repair(tmp_path), "free", "needs")
-
-
-def limited(*arguments: object, limit: int) -> subprocess.CompletedProcess[str]:
-    """The command in a process whose files may not exceed `limit` bytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", "from realign_cli.main import main; main()", *map(str, arguments)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stderr.count("error: ") == 1
-    assert "Traceback" not in done.stderr
-    assert "fault in realign" not in done.stderr
-    return done
-
-
-def test_a_disk_that_fills_up_while_writing(tmp_path: Path) -> None:
-    """The operating system refuses the write: files of this process may not exceed 64 kB."""
-    out = tmp_path / "work" / "out"
-    arguments = ("repair", model(), *family_options(), "--method", "replace", "--quiet", "-o", out)
-    limited(*arguments, limit=65536)
-    assert not out.exists()
-
-
-def test_a_disk_that_fills_up_while_the_subspace_is_drawn(tmp_path: Path) -> None:
-    """The file of one direction fits below the limit, its picture does not: neither stays."""
-    out = tmp_path / "work" / "safety.safetensors"
-    arguments = ("subspace", model("aligned"), "--base", model("base"), "--rank", "1")
-    done = limited(*arguments, "--device", "cpu", "--quiet", "-o", out, limit=LIMIT)
-    assert "safety.safetensors cannot be written" not in done.stderr
-    assert list((tmp_path / "work").iterdir()) == []
-
-
-def test_ctrl_c_leaves_no_output_and_the_same_command_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    advance = progress_module._Counter.advance
-
-    def interrupt(self: object, amount: float = 1.0) -> None:
-        monkeypatch.setattr(progress_module._Counter, "advance", advance)
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(progress_module._Counter, "advance", interrupt)
-    result = repair(tmp_path)
-    assert result.exit_code == 2
-    assert "interrupted" in result.words
-    assert result.stdout == ""
-    out = tmp_path / "work" / "out"
-    assert not out.exists()
-    again = repair(tmp_path)
-    assert again.exit_code == 0, again.stderr
-    assert (out / "model.safetensors").is_file()
-    assert not list(out.parent.glob(".out*")), "the partial folder became the output"
-    shutil.rmtree(out)
 
 
 # --- the demo --------------------------------------------------------------------------------

@@ -49,3 +49,23 @@ def repair(
         *("--method", "replace", "--device", "cpu", "--quiet", "-o", output),
         *options,
     )
+
+
+def repair_at_work(
+    tmp_path: Path,
+    finetuned: str | Path | None = None,
+    *options: str | Path,
+    **family: str | Path | None,
+) -> Outcome:
+    """The same into `tmp_path/work/out`."""
+    return repair(tmp_path / "work" / "out", finetuned, *options, **family)
+
+
+@contextmanager
+def nothing_left(work: Path) -> Iterator[None]:
+    """A new folder in which tests write `out`: it ends up empty, and the family untouched."""
+    work.mkdir()
+    with untouched():
+        yield
+    left = [path.name for path in work.iterdir()]
+    assert not left, f"left behind: {left}"
