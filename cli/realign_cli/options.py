@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,33 +14,24 @@ MODELS_PANEL = "Checkpoints (a folder, org/name, org/name@revision, or MODEL+ADA
 AUDIT_PANEL = "Audit"
 MACHINE_PANEL = "Machine"
 
+
+def checkpoint_option(*names: str, help: str) -> Any:
+    """An option that takes a checkpoint, in their panel."""
+    return typer.Option(*names, metavar="MODEL", help=help, rich_help_panel=MODELS_PANEL)
+
+
 Aligned = Annotated[
     str | None,
-    typer.Option(
-        "--aligned",
-        "-a",
-        metavar="MODEL",
-        help="The aligned model the fine-tune was tuned from.",
-        rich_help_panel=MODELS_PANEL,
-    ),
+    checkpoint_option("--aligned", "-a", help="The aligned model the fine-tune was tuned from."),
 ]
 Base = Annotated[
     str | None,
-    typer.Option(
-        "--base",
-        "-b",
-        metavar="MODEL",
-        help="The pretrained model before alignment.",
-        rich_help_panel=MODELS_PANEL,
-    ),
+    checkpoint_option("--base", "-b", help="The pretrained model before alignment."),
 ]
 Unaligned = Annotated[
     str | None,
-    typer.Option(
-        "--unaligned",
-        metavar="MODEL",
-        help="The aligned model, deliberately un-aligned by a short fine-tune.",
-        rich_help_panel=MODELS_PANEL,
+    checkpoint_option(
+        "--unaligned", help="The aligned model, deliberately un-aligned by a short fine-tune."
     ),
 ]
 Device = Annotated[

@@ -15,7 +15,6 @@ from realign_cli.command import FLAG, Example, command
 from realign_cli.imports import swift_imports
 from realign_cli.options import (
     AUDIT_PANEL,
-    MODELS_PANEL,
     Base,
     BatchSize,
     Device,
@@ -26,6 +25,7 @@ from realign_cli.options import (
     Policy,
     Seed,
     Suites,
+    checkpoint_option,
 )
 from realign_cli.sink import Sink
 
@@ -86,22 +86,15 @@ def audit(
     *,
     reference: Annotated[
         str | None,
-        typer.Option(
+        checkpoint_option(
             "--reference",
             "-r",
-            metavar="MODEL",
             help="The aligned model it was tuned from; nothing is compared without it.",
-            rich_help_panel=MODELS_PANEL,
         ),
     ] = None,
     repaired: Annotated[
         str | None,
-        typer.Option(
-            "--repaired",
-            metavar="MODEL",
-            help="The output of a repair of SUBJECT.",
-            rich_help_panel=MODELS_PANEL,
-        ),
+        checkpoint_option("--repaired", help="The output of a repair of SUBJECT."),
     ] = None,
     base: Base = None,
     suites: Suites = None,

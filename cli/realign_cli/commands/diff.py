@@ -10,7 +10,7 @@ import typer
 from realign.errors import OutputError, UsageError
 from realign_cli.command import FLAG, OUTPUT_PANEL, Example, command
 from realign_cli.imports import swift_imports
-from realign_cli.options import MODELS_PANEL, Offline
+from realign_cli.options import Offline, checkpoint_option
 from realign_cli.sink import Sink
 
 EXAMPLES = (
@@ -65,13 +65,7 @@ def diff(
     *,
     reference: Annotated[
         str | None,
-        typer.Option(
-            "--reference",
-            "-r",
-            metavar="MODEL",
-            help="A third one, R: also give cos(B - A, A - R).",
-            rich_help_panel=MODELS_PANEL,
-        ),
+        checkpoint_option("--reference", "-r", help="A third one, R: also give cos(B - A, A - R)."),
     ] = None,
     only: Annotated[
         list[str] | None,

@@ -13,7 +13,7 @@ import typer
 from realign.errors import OutputError, UsageError
 from realign_cli.command import Example, command
 from realign_cli.imports import swift_imports
-from realign_cli.options import MODELS_PANEL, Device, Offline
+from realign_cli.options import Base, Device, Offline, checkpoint_option
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
@@ -61,16 +61,7 @@ def subspace(
         typer.Argument(metavar="MODEL", help="The aligned model; with --measure, a fine-tune."),
     ],
     *,
-    base: Annotated[
-        str | None,
-        typer.Option(
-            "--base",
-            "-b",
-            metavar="MODEL",
-            help="The pretrained model before alignment.",
-            rich_help_panel=MODELS_PANEL,
-        ),
-    ] = None,
+    base: Base = None,
     measure: Annotated[
         Path | None,
         typer.Option(
@@ -79,11 +70,9 @@ def subspace(
     ] = None,
     reference: Annotated[
         str | None,
-        typer.Option(
+        checkpoint_option(
             "--reference",
-            metavar="MODEL",
             help="With --measure: the aligned model; as recorded in the file by default.",
-            rich_help_panel=MODELS_PANEL,
         ),
     ] = None,
     out: Annotated[
