@@ -45,6 +45,16 @@ def whole(server: Runs, command: Command, out: Path) -> tuple[dict[str, bytes], 
     return files, min(times)
 
 
+def steps_of(server: Runs, command: Command, out: Path) -> tuple[int, dict[str, bytes]]:
+    """How many steps an uninterrupted run takes in the folder of `out`, and its files."""
+    out.parent.mkdir()  # else this run alone would make it, one step more than all others take
+    ended = server.run([*command, "-o", out], {"folder": str(out.parent)})
+    steps = int(ended.stderr.rpartition("steps: ")[2])
+    files = folder_bytes(out)
+    shutil.rmtree(out)
+    return steps, files
+
+
 def assert_nothing_or_whole(out: Path) -> bool:
     """Whether the output exists; if it does, it is complete."""
     if not os.path.lexists(out):
@@ -94,12 +104,8 @@ def test_killed_at_random_moments(
 def test_killed_before_steps_on_the_disk(server: Runs, command: Command, tmp_path: Path) -> None:
     """Before every file or folder that a run opens, makes, renames or removes, evenly thinned."""
     work = tmp_path / "work"
-    work.mkdir()  # else the first run alone would make it, one step more than all others take
     out = work / "out"
-    ended = server.run([*command, "-o", out], {"folder": str(work)})
-    steps = int(ended.stderr.rpartition("steps: ")[2])
-    expected = folder_bytes(out)
-    shutil.rmtree(out)
+    steps, expected = steps_of(server, command, out)
     resumed = 0
     # The last steps, in which the output gets its name, are all looked at.
     chosen = sorted({*range(1, steps, max(1, steps // STEPS)), *range(steps - 5, steps + 1)})
@@ -117,12 +123,8 @@ def test_interrupted_before_steps_on_the_disk(
 ) -> None:
     """Ctrl-C while some thread is at a file: what is left is whole, and the next run goes on."""
     work = tmp_path / "work"
-    work.mkdir()
     out = work / "out"
-    ended = server.run([*command, "-o", out], {"folder": str(work)})
-    steps = int(ended.stderr.rpartition("steps: ")[2])
-    expected = folder_bytes(out)
-    shutil.rmtree(out)
+    steps, expected = steps_of(server, command, out)
     resumed = 0
     for step in range(1, steps, max(1, steps // STEPS)):
         ended = server.run(

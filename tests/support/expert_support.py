@@ -8,16 +8,9 @@ from typing import Any
 
 import torch
 import transformers
+from support.repair_support import SMALL
 
-_SMALL: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "pad_token_id": 0,
-    "tie_word_embeddings": False,
-}
+_SMALL: dict[str, Any] = {**SMALL, "num_hidden_layers": 2, "tie_word_embeddings": False}
 
 CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
     "mixtral": lambda: transformers.MixtralConfig(

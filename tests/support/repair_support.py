@@ -5,32 +5,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
+SMALL: Mapping[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+}
+
 CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
     "llama": lambda: transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=True,
-        pad_token_id=0,
+        **SMALL, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=True
     ),
     "qwen2": lambda: transformers.Qwen2Config(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        tie_word_embeddings=False,
-        pad_token_id=0,
+        **SMALL, intermediate_size=48, num_hidden_layers=2, tie_word_embeddings=False
     ),
     "gpt2": lambda: transformers.GPT2Config(
         vocab_size=64,
@@ -42,28 +37,20 @@ CONFIGS: Mapping[str, Callable[[], transformers.PretrainedConfig]] = {
         eos_token_id=2,
     ),
     "gpt_oss": lambda: transformers.GptOssConfig(
-        vocab_size=64,
-        hidden_size=32,
+        **SMALL,
         intermediate_size=24,
         num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         head_dim=8,
         num_local_experts=3,
         num_experts_per_tok=2,
         layer_types=["full_attention"],
         tie_word_embeddings=False,
-        pad_token_id=0,
     ),
     "phi3": lambda: transformers.Phi3Config(
-        vocab_size=64,
-        hidden_size=32,
+        **SMALL,
         intermediate_size=48,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
         tie_word_embeddings=False,
-        pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
     ),
