@@ -193,9 +193,14 @@ class DriftTable:
     by_layer: Mapping[int, DriftMetrics]
 
 
-def subspace_size(energies: Tensor) -> int:
-    """Return the default k: 32, or the fewest directions with half the energy of a if smaller."""
-    return min(DEFAULT_SIZE, energy_rank(energies, DEFAULT_SHARE))
+def subspace_size(energies: Tensor, *, total: float | None = None) -> int:
+    """Return the default k: 32, or the fewest directions with half the energy of a if smaller.
+
+    Args:
+        energies: of a, descending; with the total, 32 are enough.
+        total: the sum of all of them.
+    """
+    return min(DEFAULT_SIZE, energy_rank(energies, DEFAULT_SHARE, total=total))
 
 
 def matrix_drift(
@@ -245,18 +250,20 @@ def matrix_drift(
         return MatrixDrift(key, module, layer, terms)
     total_oi = a_oi + t_oi
     total = squared_norm(total_oi)
-    parts = decompose(a_oi)
+    parts = decompose(a_oi, all_energies=False)
     d_out = a_oi.shape[0]
-    available = numerical_rank(parts.energies)
-    size = min(subspace_size(parts.energies) if k is None else k, available)
+    # One more than are used tells whether the cut is degenerate.
+    align_r = parts.leading(max(PUBLISHED_SIZE, k or 0) + 1)
+    available = numerical_rank(align_r)
+    size = min(subspace_size(align_r, total=alignment) if k is None else k, available)
     reach = max(size, min(PUBLISHED_SIZE, available))
     u_or = parts.left(reach)
-    task_r, align_r, total_r = (_row_energies(u_or, m) for m in (t_oi, a_oi, total_oi))
+    task_r, total_r = _row_energies(u_or[:, :size], t_oi), _row_energies(u_or, total_oi)
     terms += DriftTerms(
         alignment=alignment,
         cross=inner(t_oi, a_oi),
         task_aligned=terms.task,
-        projected_task=float(task_r[:size].sum()),
+        projected_task=float(task_r.sum()),
         chance=size / d_out * terms.task,
         projected_alignment=float(align_r[:size].sum()),
         projected_total=float(total_r[:size].sum()),
@@ -268,7 +275,7 @@ def matrix_drift(
     )
     cosines = None
     if task_parts is not None and numerical_rank(task_parts.energies) >= size:
-        cut = degenerate_cut(parts.energies, size) or degenerate_cut(task_parts.energies, size)
+        cut = degenerate_cut(align_r, size) or degenerate_cut(task_parts.energies, size)
         found = basis_overlap(u_or[:, :size], task_parts.left(size), degenerate=cut)
         terms += DriftTerms(
             cosines=found.overlap * size, compared=size, expected_cosines=size * found.chance

@@ -24,7 +24,7 @@ from realign.subspace.lapack import (
     tridiagonal_values,
     tridiagonalise,
 )
-from realign.subspace.tridiagonal import tridiagonal_vectors
+from realign.subspace.tridiagonal import tridiagonal_vectors, trusted_vectors
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -32,20 +32,31 @@ EPS = torch.finfo(torch.float64).eps
 class Eigenpairs(ABC):
     """The eigenvalues of a PSD matrix [n, n], and its leading eigenvectors on demand."""
 
-    values: Tensor
-    """[n] float64, descending, the rounding tail exactly 0."""
+    @property
+    @abstractmethod
+    def values(self) -> Tensor:
+        """[n] float64, descending, the rounding tail exactly 0."""
 
     @abstractmethod
     def top(self, k: int) -> Tensor:
         """Return the eigenvectors of the k largest eigenvalues as columns [n, k], descending."""
+
+    def leading(self, k: int) -> Tensor:
+        """Return the k largest of `values`, or all; cheaper than these if `top` follows."""
+        return self.values[:k]
 
 
 class KnownEigenpairs(Eigenpairs):
     """All vectors are there already."""
 
     def __init__(self, values: Tensor, vectors: Tensor) -> None:
-        self.values = values
+        self._values = values
         self._vectors = vectors
+
+    @property
+    def values(self) -> Tensor:
+        """See `Eigenpairs.values`."""
+        return self._values
 
     def top(self, k: int) -> Tensor:
         """See `Eigenpairs.top`."""
@@ -55,20 +66,45 @@ class KnownEigenpairs(Eigenpairs):
 class _Reduced(Eigenpairs):
     """Reduced to T = Q^T C Q, tridiagonal; a vector of T costs O(n), its way back O(n^2)."""
 
-    def __init__(self, c_nn: Tensor) -> None:
+    def __init__(self, c_nn: Tensor, *, all_values: bool = True) -> None:
         self._reflectors = c_nn
         self._diagonal, self._beside, self._factors = tridiagonalise(c_nn)
-        self.values = _clean(tridiagonal_values(self._diagonal, self._beside).flip(0))
+        self._values = self._all_values() if all_values else None
         self._rows_kn = c_nn.new_empty(0, c_nn.shape[0])
+
+    @property
+    def values(self) -> Tensor:
+        """See `Eigenpairs.values`."""
+        if self._values is None:
+            self._values = self._all_values()
+        return self._values
 
     def top(self, k: int) -> Tensor:
         """See `Eigenpairs.top`."""
         if k > self._rows_kn.shape[0]:
             self._rows_kn = self._rows_kn.new_empty(0, 0)  # freed before the larger one is made
             # The largest of C are the smallest of -C, which has the same vectors and reflectors.
-            self._rows_kn = tridiagonal_vectors(-self._diagonal, -self._beside, k)
-            apply_reflectors(self._reflectors, self._factors, self._rows_kn)
+            self._keep(tridiagonal_vectors(-self._diagonal, -self._beside, k))
         return self._rows_kn[:k].T
+
+    def leading(self, k: int) -> Tensor:
+        """See `Eigenpairs.leading`."""
+        k = min(k, self._diagonal.numel())
+        if self._values is None and k:
+            found = trusted_vectors(-self._diagonal, -self._beside, k)
+            # Vectors of rounding are no use to anyone: where there are some, none is kept.
+            if found is not None and bool(_clean(-found[0], self._diagonal.numel())[-1]):
+                self._keep(found[1])
+                return -found[0]
+        return self.values[:k]
+
+    def _keep(self, rows_kn: Tensor) -> None:
+        apply_reflectors(self._reflectors, self._factors, rows_kn)
+        self._rows_kn = rows_kn
+
+    def _all_values(self) -> Tensor:
+        values = tridiagonal_values(self._diagonal, self._beside)
+        return _clean(values.flip(0), values.numel())
 
 
 @contextmanager
@@ -93,12 +129,13 @@ def decomposing(key: str) -> Generator[None]:
         raise NonFiniteError(f"{key}: {error.message}", error.hint) from error
 
 
-def eigenpairs(c_nn: Tensor, *, overwrite: bool = False) -> Eigenpairs:
+def eigenpairs(c_nn: Tensor, *, overwrite: bool = False, all_values: bool = True) -> Eigenpairs:
     """Decompose a symmetric positive semi-definite matrix.
 
     Args:
         c_nn: [n, n]; on the CPU only its upper triangle (row <= column) is read.
         overwrite: give the memory of `c_nn` away, if it is float64 and contiguous.
+        all_values: work out all eigenvalues at once, not only when they are asked for.
 
     Raises:
         NonFiniteError: it holds NaN or infinity.
@@ -106,7 +143,7 @@ def eigenpairs(c_nn: Tensor, *, overwrite: bool = False) -> Eigenpairs:
     """
     if c_nn.device.type != "cpu":
         return eigenpairs_batch(c_nn[None])[0]
-    return _Reduced(_own_copy(c_nn, overwrite=overwrite))
+    return _Reduced(_own_copy(c_nn, overwrite=overwrite), all_values=all_values)
 
 
 def eigenpairs_batch(c_bnn: Tensor) -> list[Eigenpairs]:
@@ -117,7 +154,7 @@ def eigenpairs_batch(c_bnn: Tensor) -> list[Eigenpairs]:
     require_finite(c_bnn)
     values_bn, vectors_bnn = torch.linalg.eigh(c_bnn.detach().to(torch.float64), UPLO="U")
     return [
-        KnownEigenpairs(_clean(values.flip(0)), vectors.flip(1))
+        KnownEigenpairs(_clean(values.flip(0), values.numel()), vectors.flip(1))
         for values, vectors in zip(values_bn, vectors_bnn, strict=True)
     ]
 
@@ -130,7 +167,8 @@ def eigenvalues(c_nn: Tensor, *, overwrite: bool = False) -> Tensor:
     if c_nn.device.type == "cpu":
         return _Reduced(_own_copy(c_nn, overwrite=overwrite)).values
     require_finite(c_nn)
-    return _clean(torch.linalg.eigvalsh(c_nn.detach().to(torch.float64), UPLO="U").flip(0))
+    values = torch.linalg.eigvalsh(c_nn.detach().to(torch.float64), UPLO="U")
+    return _clean(values.flip(0), values.numel())
 
 
 def _own_copy(c_nn: Tensor, *, overwrite: bool) -> Tensor:
@@ -151,9 +189,9 @@ def require_finite(c: Tensor) -> None:
         )
 
 
-def _clean(descending: Tensor) -> Tensor:
+def _clean(descending: Tensor, n: int) -> Tensor:
     """Set to 0 what is negative or below lambda_1 n eps: rounding, not signal."""
     if descending.numel() == 0:
         return descending
-    floor = descending[0].clamp(min=0.0) * (descending.numel() * EPS)
+    floor = descending[0].clamp(min=0.0) * (n * EPS)
     return torch.where(descending > floor, descending, torch.zeros_like(descending))

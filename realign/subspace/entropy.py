@@ -52,13 +52,21 @@ def entropy_rank(energies: Tensor, eta: float) -> int:
     return min(not_enough + 1, positive)  # the cap decides for eta >= 1
 
 
-def energy_rank(energies: Tensor, eta: float) -> int:
-    """Return the smallest rho >= 1 whose cumulative energy reaches the share eta, 0 if none."""
+def energy_rank(energies: Tensor, eta: float, *, total: float | None = None) -> int:
+    """Return the smallest rho >= 1 whose cumulative energy reaches the share eta, 0 if none.
+
+    Args:
+        energies: descending.
+        eta: the share.
+        total: of all energies, where only the leading ones are given; if they do not reach the
+            share, the answer is their number.
+    """
     positive = int(torch.count_nonzero(energies))
     if positive <= 1 or eta >= 1.0:
         return positive
     cumulative = torch.cumsum(energies, 0)
-    return min(int(torch.count_nonzero(cumulative < eta * cumulative[-1])) + 1, positive)
+    whole = cumulative[-1] if total is None else total
+    return min(int(torch.count_nonzero(cumulative < eta * whole)) + 1, positive)
 
 
 def effective_rank(energies: Tensor) -> float:

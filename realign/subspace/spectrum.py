@@ -27,6 +27,8 @@ Side = Literal["both", "left", "right"]
 
 GRAM_ROWS = 512
 """Rows or columns upcast at once while a Gram matrix is accumulated: bounds the float64 copy."""
+GRAM_ENTRIES = 2**21
+"""Up to so many entries, twice the rows: each time the whole Gram matrix is read and written."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +80,10 @@ class Decomposition:
     def energies(self) -> Tensor:
         """sigma_i^2 [n], float64, descending."""
         return self.pairs.values
+
+    def leading(self, k: int) -> Tensor:
+        """The k largest energies, or all; cheaper than these if vectors of them follow."""
+        return self.pairs.leading(k)
 
     @property
     def smaller_is_left(self) -> bool:
@@ -143,13 +149,18 @@ def spectrum(m: Tensor) -> Spectrum:
     return Spectrum(eigenvalues(_upper_gram(m), overwrite=True))
 
 
-def decompose(m: Tensor) -> Decomposition:
+def decompose(m: Tensor, *, all_energies: bool = True) -> Decomposition:
     """Decompose M [d_out, d_in] once; the triples are taken from the result.
+
+    Args:
+        m: the matrix.
+        all_energies: False where the leading ones may be enough.
 
     Raises:
         NonFiniteError: the matrix holds NaN or infinity.
     """
-    return Decomposition(matrix=m, pairs=eigenpairs(_upper_gram(m), overwrite=True))
+    pairs = eigenpairs(_upper_gram(m), overwrite=True, all_values=all_energies)
+    return Decomposition(matrix=m, pairs=pairs)
 
 
 def gram_batch(matrices: Tensor) -> Tensor:
@@ -213,8 +224,9 @@ def _upper_gram(m: Tensor) -> Tensor:
     n, length = short_nl.shape
     out_nn = torch.zeros(n, n, dtype=torch.float64)
     by_rows = short_nl.stride(0) < short_nl.stride(1)
-    for start in range(0, length, GRAM_ROWS):
-        block = short_nl[:, start : start + GRAM_ROWS]
+    step = max(GRAM_ROWS, min(2 * GRAM_ROWS, GRAM_ENTRIES // max(1, n)))
+    for start in range(0, length, step):
+        block = short_nl[:, start : start + step]
         block = (block.T if by_rows else block).to(torch.float64).contiguous()
         syrk_upper(out_nn, block, by_rows=by_rows)
     return out_nn

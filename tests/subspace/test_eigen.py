@@ -10,7 +10,7 @@ from torch import Tensor
 
 from realign.errors import NonFiniteError
 from realign.subspace.eigen import eigenpairs, eigenvalues
-from realign.subspace.lapack import pivoted_cholesky
+from realign.subspace.lapack import apply_reflectors, pivoted_cholesky, tridiagonalise
 
 SPECTRA = {
     "falling": torch.arange(1, 61, dtype=torch.float64) ** -1.0,
@@ -75,6 +75,51 @@ def test_only_the_upper_triangle_is_read_and_the_input_survives_unless_given_awa
     single = c.to(torch.float32)
     eigenpairs(single, overwrite=True)
     assert torch.equal(single, c.to(torch.float32))
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("k", [1, 3, 4, 20, 60, 70])
+def test_leading_values_need_not_all_of_them(name: str, k: int) -> None:
+    c, _ = with_spectrum(SPECTRA[name], seed=5)
+    pairs, lazy = eigenpairs(c), eigenpairs(c, all_values=False)
+    scale = float(SPECTRA[name][0])
+    found = lazy.leading(k)
+    assert found.tolist() == pytest.approx(pairs.leading(k).tolist(), abs=1e-14 * scale, rel=1e-9)
+    assert found.numel() == min(k, 60)
+    assert torch.count_nonzero(found) == torch.count_nonzero(pairs.values[:k])
+    q = min(k, int(torch.count_nonzero(pairs.values)))
+    top = lazy.top(q)
+    assert torch.allclose(top.T @ top, torch.eye(q, dtype=torch.float64), atol=1e-12)
+    assert float((c @ top - top * found[:q]).abs().max() if q else 0) <= 1e-13 * scale
+    assert torch.equal(lazy.values, pairs.values)
+
+
+def test_leading_values_of_few_directions_cost_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    c, _ = with_spectrum(SPECTRA["falling"], seed=6)
+    lazy = eigenpairs(c, all_values=False)
+    monkeypatch.setattr("realign.subspace.eigen.tridiagonal_values", None)
+    assert lazy.leading(5).tolist() == pytest.approx(SPECTRA["falling"][:5].tolist(), rel=1e-12)
+    with pytest.raises(TypeError):
+        _ = lazy.values
+
+
+@pytest.mark.parametrize("n", [1, 2, 65, 66, 130])
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_reflectors_make_the_orthogonal_factor(n: int, k: int) -> None:
+    c = matrix(n, n, seed=n)
+    c = c @ c.T
+    c[: n // 2, n // 2 :] = 0  # with reflectors that are none
+    c[n // 2 :, : n // 2] = 0
+    work = c.clone()
+    diagonal, beside, factors = tridiagonalise(work)
+    q = torch.eye(n, dtype=torch.float64)
+    apply_reflectors(work, factors, q)  # the rows are Q e_i
+    t = diagonal.diag() + beside[:-1].diag(1) + beside[:-1].diag(-1)
+    assert torch.allclose(q.T @ t @ q, c, atol=1e-12 * n * float(c.abs().max()))
+    rows = matrix(k, n, seed=1)
+    expected = rows @ q
+    apply_reflectors(work, factors, rows)
+    assert torch.allclose(rows, expected, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])

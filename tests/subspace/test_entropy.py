@@ -158,3 +158,11 @@ def test_whole_stable_rank_forgives_rounding() -> None:
     energies[7] = 1e-13  # seven equal directions and a trace of an eighth
     assert stable_rank(energies) > 7
     assert whole_stable_rank(energies) == 7
+
+
+@settings(max_examples=100, deadline=None)
+@given(energies_lists, etas, st.integers(1, 30))
+def test_leading_energies_and_the_total_are_enough(values: list[float], eta: float, q: int) -> None:
+    energies = tensor(values)
+    found = energy_rank(energies[:q], eta, total=float(energies.cumsum(0)[-1]))
+    assert found == min(energy_rank(energies, eta), q)
