@@ -30,8 +30,9 @@ from realign.audit.store import RecordFile, RecordStore
 from realign.audit.suites import Suite
 from realign.errors import MismatchError
 from realign.model.chat import encode
+from realign.model.devices import pick_device
 from realign.model.generation import Reply, generate
-from realign.model.loading import LoadedModel, load_model, pick_device
+from realign.model.loading import LoadedModel, load_model
 from realign.model.scoring import (
     ReferenceTrace,
     kl_to_reference,

@@ -29,7 +29,8 @@ from realign.lab.record import (
 )
 from realign.lab.suites import build_suites, suite_lines
 from realign.lab.tokenizer import TokenizerKind
-from realign.model.loading import load_model, pick_device
+from realign.model.devices import pick_device
+from realign.model.loading import load_model
 from realign.model.training import deterministic
 from realign.progress import SILENT, Progress
 
@@ -54,7 +55,7 @@ def build_family(
         out: the family's folder; made if absent. One that holds another family is refused.
         preset: "tiny", "small" or "medium".
         seed: of world, initialisation and batches.
-        device: as `realign.model.loading.pick_device`.
+        device: as `realign.model.devices.pick_device`.
         variants: which fine-tunes; None: all that the preset has. Base and aligned always.
         tokenizer: "words" or "bpe".
         measured: whether to measure every model into `family.json`.
@@ -114,7 +115,7 @@ def finetune_variant(
         variant: a name of `realign.lab.presets.VARIANTS`.
         seed: of the data rows and their order.
         out: the model's folder; must not exist. An interrupted run resumes.
-        device: as `realign.model.loading.pick_device`.
+        device: as `realign.model.devices.pick_device`.
         progress: shows training steps.
 
     Raises:

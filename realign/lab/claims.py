@@ -84,7 +84,7 @@ def measure_claims(
         family: its folder.
         finetunes: names of its fine-tunes; None: all that are there.
         general: the fine-tune on general skills; None: the family's own, or none.
-        device: where models run, as `realign.model.loading.pick_device`.
+        device: where models run, as `realign.model.devices.pick_device`.
         progress: shows answers and activations.
 
     Raises:

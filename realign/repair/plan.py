@@ -29,8 +29,8 @@ from realign.errors import (
     OutputError,
     UsageError,
 )
+from realign.model.devices import pick_device
 from realign.progress import SILENT, Progress
-from realign.repair.devices import resolve_device
 from realign.repair.estimate import Estimate, estimate_repair
 from realign.repair.lineage_check import doubts
 from realign.repair.method import Method, Scope, settle_safety_vector
@@ -161,7 +161,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     scope = _scope(request.scope, method)
     used = {role: inputs.others[role] for role in sorted(method.required_roles())}
     check_patch(request, method, inputs.finetuned)
-    device = str(resolve_device(request.device))
+    device = str(pick_device(request.device))
     notes = [settled.note] if settled.note else []
     notes += [
         f"the {role} model is not read by {method.name} with these settings"

@@ -25,8 +25,8 @@ from realign.checkpoint.matching import match, same_weights
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.checkpoint.slots import Slot, logical_matrix
 from realign.errors import NothingToDoError, OutputError, UsageError
+from realign.model.devices import pick_device
 from realign.progress import SILENT, Progress
-from realign.repair.devices import resolve_device
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.prefetch import Prefetch
 from realign.repair.stream import read_slot
@@ -72,7 +72,7 @@ def write_subspace(request: SubspaceRequest, *, progress: Progress = SILENT) -> 
         raise OutputError(f"{target} exists already", "choose another -o, or remove it first")
     if not target.absolute().parent.is_dir():
         raise OutputError(f"{target.parent} is not a folder", "make it first")
-    device = resolve_device(request.device)
+    device = pick_device(request.device)
     options: dict[str, Any] = {"offline": request.offline, "progress": progress}
     with (
         open_checkpoint(request.aligned, **options) as aligned,

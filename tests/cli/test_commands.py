@@ -339,8 +339,12 @@ def test_lab_claims_prints_both_claims(tmp_path: Path) -> None:
             {"torch", "transformers", "matplotlib", "scipy", "numpy"},
         ),
         ("import realign.repair.engine", {"transformers", "matplotlib", "scipy.stats"}),
+        (
+            "from realign.model.devices import pick_device; pick_device('auto')",
+            {"transformers"},
+        ),
     ],
-    ids=["help needs no torch", "the engine needs no model library"],
+    ids=["help needs no torch", "the engine needs no model library", "nor does a device"],
 )
 def test_what_is_not_imported(code: str, heavy: set[str]) -> None:
     assert_not_imported(code, heavy)

@@ -14,7 +14,8 @@ from transformers.utils import logging as transformers_logging
 from realign.checkpoint.reader import open_checkpoint
 from realign.errors import CheckpointError, ModelError, NotFoundError, UsageError
 from realign.model.batching import forward, pad_left
-from realign.model.loading import load_model, pick_device, read_chat_template
+from realign.model.devices import pick_device
+from realign.model.loading import load_model, read_chat_template
 
 
 @pytest.fixture(scope="module")

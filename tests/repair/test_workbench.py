@@ -226,7 +226,7 @@ def _other_versions(
 def _other_device(
     family: dict[str, Path], folder: Path, patched: pytest.MonkeyPatch
 ) -> dict[str, Any]:
-    patched.setattr(plan_module, "resolve_device", lambda _: torch.device("meta"))
+    patched.setattr(plan_module, "pick_device", lambda _: torch.device("meta"))
     return {}
 
 
