@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 Precision = Literal["float64", "float32"]
+MomentKind = Literal["input", "output", "token"]
+"""What is summed: inputs, outputs, or outputs standardised token by token."""
 
 
 def standardise_tokens(z_td: Tensor) -> Tensor:

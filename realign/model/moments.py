@@ -6,14 +6,15 @@ token by token. Input moments serve every method that weighs directions by activ
 sum z z^T = W (sum x x^T) W^T exactly. Layers that are fed the same tensor (q, k, v; gate, up) share
 one set. Nothing else is kept: memory does not grow with the number of tokens.
 
-How the sums stay exact is in accumulate.py, the file format in moments_file.py. What is made of the
-moments (spectra, ranks, projectors) belongs to `realign.subspace`.
+How the sums stay exact is in accumulate.py, how layers are watched in moments_hooks.py, the file
+format in moments_file.py. What is made of the moments (spectra, ranks, projectors) belongs to
+`realign.subspace`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -21,10 +22,9 @@ import torch
 from torch import Tensor
 
 from realign.errors import MismatchError, NonFiniteError, UsageError
-from realign.model.accumulate import Precision, Sums, standardise_tokens
+from realign.model.accumulate import MomentKind, Precision, Sums
 from realign.model.batching import (
     TOKEN_BUDGET,
-    Batch,
     explained,
     forward,
     pad_flags,
@@ -36,13 +36,10 @@ from realign.model.generation import check_lengths
 from realign.model.loading import LoadedModel
 from realign.model.modules import ModuleFinder
 from realign.model.moments_experts import ExpertWatch, share_rows
+from realign.model.moments_hooks import Probe, Run, hook
 from realign.progress import SILENT, Progress
 
-MomentKind = Literal["input", "output", "token"]
 Tokens = Literal["response", "prompt", "all"]
-
-# How many layer inputs are remembered to recognise one that is fed to several layers.
-_RECENT = 4
 
 
 @dataclass(frozen=True)
@@ -207,9 +204,9 @@ def collect_moments(
         padded=not padding_matters(body, ids, pad_id=loaded.pad_id, device=loaded.device),
     )
     keeps = [sequence.keep for sequence in sequences]
-    run = _Run()
+    run = Run()
     handles = [
-        probe.module.register_forward_hook(_hook(probe, run), with_kwargs=True) for probe in probes
+        probe.module.register_forward_hook(hook(probe, run), with_kwargs=True) for probe in probes
     ]
     handles += [
         watch.module.register_forward_pre_hook(watch.hook(lambda: run.keep), with_kwargs=True)
@@ -230,111 +227,11 @@ def collect_moments(
     return _results(probes, watches, missing)
 
 
-@dataclass
-class _Run:
-    """What the hooks need to know about the batch under way."""
-
-    keep: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [rows, length]
-    recent: list[tuple[Tensor, _Probe]] = field(default_factory=lambda: [])
-
-    def start(self, batch: Batch, keep: Tensor) -> None:
-        assert keep.shape == batch.input_ids.shape, (keep.shape, batch.input_ids.shape)
-        self.keep = keep
-        self.recent.clear()
-
-    def kept(self, activation: Tensor, *, flat_is_whole: bool) -> Tensor | None:
-        """The kept positions' vectors [N, d]; None where rows are not the batch's positions."""
-        if activation.dim() == 4 and activation.shape[1] == 1:  # one latent head (DeepSeek)
-            activation = activation.squeeze(1)
-        if activation.shape[:-1] == self.keep.shape:
-            return activation[self.keep]
-        if flat_is_whole and activation.shape[:-1] == (self.keep.numel(),):
-            return activation[self.keep.flatten()]
-        return None
-
-
-@dataclass
-class _Probe:
-    """One distinct thing to accumulate: the requests `keys` all get it."""
-
-    kind: MomentKind
-    path: str
-    module: Any
-    rows: tuple[int, int] | None
-    transposed: bool
-    precision: Precision
-    keys: list[str]
-    sums: Sums | None = None
-    leader: _Probe | None = None  # the probe fed with the very same input, once known
-    failure: str = ""
-
-    @property
-    def flat_is_whole(self) -> bool:
-        # Some layers see [rows * length, d]; a routed expert sees the tokens sent to it, in an
-        # order that says nothing about positions.
-        return "experts" not in self.path.split(".")
-
-
-def _hook(probe: _Probe, run: _Run) -> Callable[..., None]:
-    def see(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if probe.failure or (probe.leader is not None and probe.leader.failure):
-            return
-        x = args[0] if args else next(iter(kwargs.values()), None)
-        if not isinstance(x, Tensor) or not isinstance(output, Tensor):
-            probe.failure = "the module does not map one tensor to one tensor"
-            return
-        if probe.kind == "input" and _follows(probe, x, run):
-            return
-        kept = run.kept(x, flat_is_whole=probe.flat_is_whole)
-        if kept is None:
-            probe.failure = f"its inputs of shape {tuple(x.shape)} are not one vector per position"
-            return
-        if probe.kind != "input":
-            outputs = run.kept(output, flat_is_whole=probe.flat_is_whole)
-            assert outputs is not None, (tuple(x.shape), tuple(output.shape))
-            kept = _without_bias(probe, kept, outputs)
-            if probe.rows is not None:
-                kept = kept[:, slice(*probe.rows)]
-        if probe.sums is None:
-            probe.sums = Sums(int(kept.shape[1]), kept.device, probe.precision)
-        if probe.kind == "token":
-            kept = standardise_tokens(kept.to(probe.sums.dtype))
-        probe.sums.add(kept)
-
-    return see
-
-
-def _follows(probe: _Probe, x: Tensor, run: _Run) -> bool:
-    """Whether another probe has already taken this very tensor; settled on the first batch."""
-    known = next((leader for tensor, leader in run.recent if tensor is x), None)
-    if probe.leader is None:
-        probe.leader = known or probe
-    assert probe.leader is (known or probe), f"{probe.path}: inputs shared in some batches only"
-    if known is not None:
-        return True
-    run.recent.append((x, probe))
-    del run.recent[:-_RECENT]
-    return False
-
-
-def _without_bias(probe: _Probe, x_nd: Tensor, y_no: Tensor) -> Tensor:
-    """Outputs W x [N, d_out] at the kept positions."""
-    layer = getattr(probe.module, "base_layer", probe.module)  # inside a peft layer
-    bias: Tensor | None = getattr(layer, "bias", None)
-    if bias is None:
-        return y_no
-    if layer is probe.module and y_no.dtype in (torch.float16, torch.bfloat16):
-        # y has been rounded relative to the bias, which may dwarf z: multiply again instead.
-        return x_nd @ (layer.weight if probe.transposed else layer.weight.T)
-    wide = torch.float64 if probe.precision == "float64" else torch.float32
-    return y_no.to(wide) - bias.to(wide)
-
-
 def _plan_probes(
     loaded: LoadedModel, requests: Mapping[str, MomentRequest], precision: Precision
-) -> tuple[list[_Probe], list[ExpertWatch], dict[str, str]]:
+) -> tuple[list[Probe], list[ExpertWatch], dict[str, str]]:
     finder = ModuleFinder(loaded.model)
-    probes: dict[tuple[MomentKind, str, tuple[int, int] | None], _Probe] = {}
+    probes: dict[tuple[MomentKind, str, tuple[int, int] | None], Probe] = {}
     watches: dict[str, ExpertWatch] = {}
     missing: dict[str, str] = {}
     for key, request in requests.items():
@@ -363,7 +260,7 @@ def _plan_probes(
         rows = None if request.kind == "input" else request.rows
         probe = probes.setdefault(
             (request.kind, home.path, rows),
-            _Probe(request.kind, home.path, module, rows, request.transposed, precision, keys=[]),
+            Probe(request.kind, home.path, module, rows, request.transposed, precision, keys=[]),
         )
         probe.keys.append(key)
     return list(probes.values()), [each for each in watches.values() if each.probes], missing
@@ -376,9 +273,7 @@ def _smallest_body(model: Any, modules: list[Any]) -> Any:
     return body if all(id(module) in inside for module in modules) else model
 
 
-def _results(
-    probes: list[_Probe], watches: list[ExpertWatch], missing: dict[str, str]
-) -> MomentSet:
+def _results(probes: list[Probe], watches: list[ExpertWatch], missing: dict[str, str]) -> MomentSet:
     finished: dict[int, Moments] = {}
     moments: dict[str, Moments] = {}
     for probe in probes:

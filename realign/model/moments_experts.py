@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from realign.model.accumulate import Precision, Sums, standardise_tokens
+from realign.model.accumulate import MomentKind, Precision, Sums, standardise_tokens
 
 Part = Literal["up", "down"]
 _PARTS: dict[str, Part] = {
@@ -34,7 +34,7 @@ class ExpertProbe:
 
     expert: int
     parameter: str
-    kind: Literal["input", "output", "token"]
+    kind: MomentKind
     rows: tuple[int, int] | None
     """Output rows of the expert's matrix; None: all."""
     keys: list[str] = field(default_factory=lambda: [])
@@ -59,7 +59,7 @@ class ExpertWatch:
         *,
         expert: int,
         parameter: str,
-        kind: Literal["input", "output", "token"],
+        kind: MomentKind,
         rows: tuple[int, int] | None,
     ) -> None:
         """Ask for the moments of one logical matrix.

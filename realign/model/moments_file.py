@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from realign.errors import CheckpointError, OutputError
-from realign.model.moments import MomentKind, Moments, MomentSet
+from realign.model.accumulate import MomentKind
+from realign.model.moments import Moments, MomentSet
 
 SCHEMA = "realign/moments/1"
 
