@@ -101,6 +101,16 @@ class AdapterCheckpoint(Checkpoint):
         with self._lock:
             return self._merged(name, change, start, stop)
 
+    def read_within(self, name: str, index: int, rows: tuple[int, int]) -> Tensor:
+        """See `Checkpoint.read_within`."""
+        if name in self._changes:
+            return super().read_within(name, index, rows)
+        return self.base.read_within(name, index, rows)
+
+    def reads_within(self, name: str) -> bool:
+        """See `Checkpoint.reads_within`."""
+        return name not in self._changes and self.base.reads_within(name)
+
     def changes(self, name: str) -> Literal["none", "product", "other"]:
         """How one tensor differs from the base's: by products of LoRA factors, or otherwise."""
         change = self._changes.get(name)

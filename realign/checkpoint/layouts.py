@@ -112,11 +112,10 @@ class LayoutView(Checkpoint):
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
         """See `Checkpoint.read`; only the rows that are asked for are read and held."""
-        recipe = self._recipes.get(name)
-        if recipe is None:
-            return self.inner.read(name, rows)
-        if recipe.renamed:
-            return self.inner.read(recipe.pieces[0][1].tensor, rows)
+        there = self._same_shape(name)
+        if there is not None:
+            return self.inner.read(there, rows)
+        recipe = self._recipes[name]
         shape = recipe.info.shape
         start, stop = rows or (0, shape[0])
         out = torch.empty((stop - start, *shape[1:]), dtype=recipe.info.torch_dtype)
@@ -136,6 +135,25 @@ class LayoutView(Checkpoint):
                 columns = self._logical(source, 0, d_out)[:, low - first : high - first]
                 logical_matrix(place, target).copy_(columns)
         return out
+
+    def read_within(self, name: str, index: int, rows: tuple[int, int]) -> Tensor:
+        """See `Checkpoint.read_within`."""
+        there = self._same_shape(name)
+        if there is None:
+            return super().read_within(name, index, rows)
+        return self.inner.read_within(there, index, rows)
+
+    def reads_within(self, name: str) -> bool:
+        """See `Checkpoint.reads_within`."""
+        there = self._same_shape(name)
+        return there is not None and self.inner.reads_within(there)
+
+    def _same_shape(self, name: str) -> str | None:
+        """The name in `inner` of a tensor that is shown as it is there."""
+        recipe = self._recipes.get(name)
+        if recipe is None:
+            return name
+        return recipe.pieces[0][1].tensor if recipe.renamed else None
 
     def locate(self, slot: Slot) -> Slot:
         """Where a logical matrix lies in `inner`."""

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 
+from realign.checkpoint.chunks import Chunk, chunks_of, read_chunk
 from realign.checkpoint.headers import FLOATS, TensorInfo
 from realign.checkpoint.names import (
     Kind,
@@ -344,25 +345,16 @@ def _signature(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]
 
 
 def _same_start(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    info = a.tensors[name]
-    if not info.shape or not info.nbytes:
-        return True
-    rows = max(1, min(info.shape[0], _PROBE_BYTES * info.shape[0] // info.nbytes))
-    return _bytes_equal(a, b, name, (0, rows))
+    chunk = next(chunks_of(name, [a, b], nbytes=_PROBE_BYTES), None)
+    return chunk is None or _same_bytes(a, b, name, chunk)
 
 
 def _same_tensor(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    info = a.tensors[name]
-    if not info.shape:
-        return _bytes_equal(a, b, name, None)
-    step = max(1, _COMPARE_BYTES * info.shape[0] // max(1, info.nbytes))
-    return all(
-        _bytes_equal(a, b, name, (start, min(start + step, info.shape[0])))
-        for start in range(0, info.shape[0], step)
-    )
+    chunks = chunks_of(name, [a, b], nbytes=_COMPARE_BYTES)
+    return all(_same_bytes(a, b, name, chunk) for chunk in chunks)
 
 
-def _bytes_equal(a: Checkpoint, b: Checkpoint, name: str, rows: tuple[int, int] | None) -> bool:
-    one, two = a.read(name, rows).reshape(-1), b.read(name, rows).reshape(-1)
+def _same_bytes(a: Checkpoint, b: Checkpoint, name: str, chunk: Chunk) -> bool:
+    one, two = (read_chunk(each, name, chunk).reshape(-1) for each in (a, b))
     # Compared as bytes: a NaN differs from itself as a number.
     return torch.equal(one.view(torch.uint8), two.view(torch.uint8))

@@ -69,6 +69,10 @@ class Checkpoint(ABC):
         """Rows [start, stop) of one matrix of a stack of three dimensions, as `read` gives them."""
         return self.read(name, (index, index + 1))[0][slice(*rows)]
 
+    def reads_within(self, name: str) -> bool:
+        """Whether `read_within` of this tensor holds and reads no more than what it returns."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Release open files. Reading afterwards opens them again."""
@@ -142,12 +146,16 @@ class FolderCheckpoint(Checkpoint):
         return self._files.read(self.tensors[name], rows)
 
     def read_within(self, name: str, index: int, rows: tuple[int, int]) -> Tensor:
-        """See `Checkpoint.read_within`. Only these rows are read."""
+        """See `Checkpoint.read_within`."""
         info = self.tensors[name]
         stack, height, width = info.shape
         first = index * height
         flat = replace(info, shape=(stack * height, width))
         return self._files.read(flat, (first + rows[0], first + rows[1]))
+
+    def reads_within(self, name: str) -> bool:
+        """See `Checkpoint.reads_within`."""
+        return True
 
     def close(self) -> None:
         """See `Checkpoint.close`."""

@@ -139,7 +139,8 @@ class ShardWriter:
 
         Args:
             name: the next unfinished tensor of the layout.
-            rows: the following rows [n, ...] in the layout's type, or the whole tensor.
+            rows: the following rows [n, ...] in the layout's type, or of one of its matrices where
+                it is a stack, or the whole tensor.
 
         Raises:
             OutputError: the disk is full.
@@ -150,7 +151,8 @@ class ShardWriter:
         spec = self._layout.tensors[self._at]
         assert name == spec.name, f"{name} was written where {spec.name} was due"
         assert rows.dtype == DTYPES[spec.dtype], (name, rows.dtype, spec.dtype)
-        assert rows.shape == spec.shape or rows.shape[1:] == spec.shape[1:], (name, rows.shape)
+        of_matrix = len(spec.shape) == 3 and rows.shape[1:] == spec.shape[2:]
+        assert of_matrix or rows.shape[1:] == spec.shape[1:], (name, rows.shape)
         assert self._done + rows.nbytes <= spec.nbytes, f"{name}: too many rows"
         data = rows.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         self._put(memoryview(cast(Any, data)))

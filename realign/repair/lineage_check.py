@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from realign.checkpoint.adapter import AdapterCheckpoint
 from realign.checkpoint.headers import FLOATS
@@ -74,7 +75,7 @@ def distances(
         half = ROWS // 2
         for start in range(0, rows, max(half, rows // 2))[:2]:
             part = (start, min(start + half, rows))
-            f, a, b = (c.read(name, part).double() for c in (finetuned, aligned, base))
+            f, a, b = (_sample(c, name, part) for c in (finetuned, aligned, base))
             parts = [float(torch.sum(x * x)) for x in (f, f - a, f - b)]
             if not all(map(_is_number, parts)):
                 continue  # the run names the tensor that is not finite
@@ -82,6 +83,15 @@ def distances(
     if norm == 0.0:
         return 0.0, 0.0
     return (to_aligned / norm) ** 0.5, (to_base / norm) ** 0.5
+
+
+def _sample(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tensor:
+    """Rows of a matrix in float64; of a stack, where a row is a matrix, as many of the first."""
+    shape = checkpoint.tensors[name].shape
+    if len(shape) != 3:
+        return checkpoint.read(name, rows).double()
+    few = min(ROWS // 2, shape[1])
+    return checkpoint.read_within(name, rows[0], (0, few)).double()
 
 
 def _is_number(value: float) -> bool:

@@ -14,10 +14,10 @@ from itertools import groupby
 
 from torch import Tensor
 
+from realign.checkpoint.chunks import Chunk, chunks_of, read_chunk, read_rows
 from realign.checkpoint.matching import TensorPair
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, stored_rows
-from realign.repair.apply import row_chunks
 from realign.repair.estimate import STREAM_BYTES, block_bytes, fixed_rank
 from realign.repair.plan import Plan
 from realign.repair.request import Inputs
@@ -43,6 +43,8 @@ class Cut:
     """The logical matrices in it, for methods that work on matrices."""
     last: bool = False
     """Nothing of the tensor is left to edit after this piece."""
+    chunk: Chunk | None = None
+    """What is read where no matrices are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,21 +86,21 @@ def _chunks(
     pair: TensorPair, inputs: Inputs, start: int, stop: int, *, roles: tuple[str, ...] = ()
 ) -> Iterator[Cut]:
     """Rows that are copied, or edited entry by entry where `roles` are given."""
-    if start == stop:
-        return
-    info = inputs.finetuned.tensors[pair.role.name]
-    per_row = info.nbytes // max(1, info.shape[0] if info.shape else 1)
-    itemsize = max(1, info.nbytes // max(1, info.numel))
-    for first, last in row_chunks((stop - start, *info.shape[1:]), STREAM_BYTES // itemsize):
+    name, read = pair.role.name, roles or ("finetuned",)
+    info, checkpoints = inputs.finetuned.tensors[name], inputs.all()
+    used = [checkpoints[role] for role in read]
+    for chunk in chunks_of(name, used, nbytes=STREAM_BYTES, rows=(start, stop)):
+        at_end = chunk.within is None or chunk.within[1] == info.shape[1]
         yield Cut(
             pair,
-            start + first,
-            start + last,
+            chunk.start,
+            chunk.stop,
             info.shape,
-            roles or ("finetuned",),
+            read,
             edit=bool(roles),
-            cost=(last - first) * per_row * (len(roles) + 1),
-            last=start + last == stop,
+            cost=info.nbytes * chunk.numel // max(1, info.numel) * (len(read) + 1),
+            chunk=chunk,
+            last=at_end and chunk.stop == stop,
         )
 
 
@@ -144,18 +146,14 @@ def planned_keys(plan: Plan) -> tuple[str, ...]:
 
 def read_cut(cut: Cut, checkpoints: Mapping[str, Checkpoint]) -> Piece:
     """Read the rows of a cut in every checkpoint that it names."""
-    name, rows = cut.pair.role.name, (cut.start, cut.stop)
-    return Piece(cut, {role: read_rows(checkpoints[role], name, rows) for role in cut.roles})
+    name = cut.pair.role.name
 
+    def read(checkpoint: Checkpoint) -> Tensor:
+        if cut.chunk is not None:
+            return read_chunk(checkpoint, name, cut.chunk)
+        return read_rows(checkpoint, name, (cut.start, cut.stop))
 
-def read_rows(checkpoint: Checkpoint, name: str, rows: tuple[int, int]) -> Tensor:
-    """Rows [start, stop) of a tensor; a scalar is one row of no dimension but that."""
-    shape = checkpoint.tensors[name].shape
-    if not shape:
-        return checkpoint.read(name).reshape(1)
-    if rows == (0, shape[0]):
-        return checkpoint.read(name)
-    return checkpoint.read(name, rows)
+    return Piece(cut, {role: read(checkpoints[role]) for role in cut.roles})
 
 
 def read_slot(checkpoint: Checkpoint, slot: Slot) -> Tensor:

@@ -16,8 +16,11 @@ from support.repair_support import (
     read_folder,
 )
 
+from realign.checkpoint.chunks import Chunk, read_chunk
 from realign.checkpoint.manifest import read_manifest, sha256_file
+from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.verification import verify_output
+from realign.repair import stream
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
 
@@ -87,6 +90,32 @@ def test_every_expert_of_a_stack_is_a_matrix_of_its_own(trio_of, tmp_path: Path)
     assert sum("experts" in row.tensor for row in result.rows) == 6
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert bool(torch.isfinite(model(torch.tensor([[3, 4, 5]])).logits).all())
+
+
+def test_experts_larger_than_a_chunk_pass_in_parts(
+    trio_of, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trio = trio_of("gpt_oss")
+    whole = _repair(trio, tmp_path / "whole", method="resta")
+    monkeypatch.setattr(stream, "STREAM_BYTES", 512)
+    sizes: list[int] = []
+
+    def read(checkpoint: Checkpoint, name: str, chunk: Chunk) -> torch.Tensor:
+        found = read_chunk(checkpoint, name, chunk)
+        if chunk.within is not None:
+            sizes.append(found.nbytes)
+        return found
+
+    monkeypatch.setattr(stream, "read_chunk", read)
+    parts = _repair(trio, tmp_path / "parts", method="resta")
+    assert sizes and max(sizes) <= 512
+    assert (
+        folder_bytes(parts.output)["model.safetensors"]
+        == (folder_bytes(whole.output)["model.safetensors"])
+    )
+    assert [(row.key, row.numel) for row in parts.rows] == [
+        (row.key, row.numel) for row in whole.rows
+    ]
 
 
 @pytest.mark.parametrize(("arch", "dtype", "shards"), LAYOUTS)

@@ -89,3 +89,19 @@ def test_memory_is_flat_in_the_number_of_layers(tmp_path: Path, method: str) -> 
     ]
     more = 28 * 2 * ROWS * WIDTH * 2  # bytes by which each checkpoint is larger
     assert peaks[1] - peaks[0] < 0.5 * more, peaks
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no VmHWM on this system")
+def test_large_experts_of_a_stack_do_not_count(tmp_path: Path) -> None:
+    """Three experts of 48 MiB each: what Llama 4 has of 160 MiB."""
+    config = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe"}
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    for place, role in enumerate(("base", "aligned", "finetuned")):
+        (tmp_path / role).mkdir()
+        stack = torch.full((3, 6144, 4096), 0.5 + place, dtype=torch.bfloat16)
+        save_file({name: stack}, tmp_path / role / "model.safetensors", metadata={"format": "pt"})
+        (tmp_path / role / "config.json").write_text(json.dumps(config))
+        del stack
+    found = _measure(tmp_path, "wise_ft")
+    grown = found["after"] - found["before"]
+    assert grown < 90 * 2**20, f"{grown / 2**20:.0f} MiB"
