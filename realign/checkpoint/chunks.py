@@ -28,8 +28,7 @@ class Chunk:
 
 
 def chunks_of(
-    name: str,
-    checkpoints: Sequence[Checkpoint],
+    tensors: Sequence[tuple[Checkpoint, str]],
     *,
     nbytes: int,
     rows: tuple[int, int] | None = None,
@@ -37,13 +36,14 @@ def chunks_of(
     """Cut rows of a tensor, in order and without gap.
 
     Args:
-        name: of a tensor that all of them have, with rows of one size.
-        checkpoints: those that will read the chunks; the first says how large a row is. Where one
-            of them would make a whole matrix of a stack for every part of it, there are no parts.
+        tensors: those whose chunks will be read, in one shape but for the number of rows; the first
+            says how large one is. Where a checkpoint would make a whole matrix of a stack for every
+            part of it, there are no parts.
         nbytes: how large a chunk should be; one row at least.
         rows: half-open range on the first dimension; None: all.
     """
-    info = checkpoints[0].tensors[name]
+    first_of, name = tensors[0]
+    info = first_of.tensors[name]
     shape = info.shape or (1,)
     first, last = rows or (0, shape[0])
     if not info.numel:
@@ -52,7 +52,7 @@ def chunks_of(
         return
     elements = max(1, nbytes * info.numel // info.nbytes)
     width = math.prod(shape[1:])
-    if len(shape) == 3 and width > elements and all(c.reads_within(name) for c in checkpoints):
+    if len(shape) == 3 and width > elements and all(c.reads_within(n) for c, n in tensors):
         step = max(1, elements // shape[2])
         for index in range(first, last):
             for at in range(0, shape[1], step):

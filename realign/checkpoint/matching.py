@@ -345,12 +345,12 @@ def _signature(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...]]]
 
 
 def _same_start(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    chunk = next(chunks_of(name, [a, b], nbytes=_PROBE_BYTES), None)
+    chunk = next(chunks_of([(a, name), (b, name)], nbytes=_PROBE_BYTES), None)
     return chunk is None or _same_bytes(a, b, name, chunk)
 
 
 def _same_tensor(a: Checkpoint, b: Checkpoint, name: str) -> bool:
-    chunks = chunks_of(name, [a, b], nbytes=_COMPARE_BYTES)
+    chunks = chunks_of([(a, name), (b, name)], nbytes=_COMPARE_BYTES)
     return all(_same_bytes(a, b, name, chunk) for chunk in chunks)
 
 

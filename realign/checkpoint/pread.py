@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -59,12 +60,11 @@ class TensorFiles:
         return out.reshape(shape)
 
     def chunks(self, info: TensorInfo) -> Iterator[Tensor]:
-        """The tensor in pieces of its rows, flat, of about 8 MiB each."""
-        rows = info.shape[0] if info.shape else 1
-        step = max(1, _CHUNK * rows // max(1, info.nbytes))
-        for start in range(0, rows, step):
-            part = (start, min(start + step, rows)) if info.shape else None
-            yield self.read(info, part).reshape(-1)
+        """The tensor in pieces, flat, of at most 8 MiB each."""
+        flat = replace(info, shape=(info.numel,))
+        step = max(1, _CHUNK * info.numel // max(1, info.nbytes))
+        for start in range(0, info.numel, step):
+            yield self.read(flat, (start, min(start + step, info.numel)))
 
     def same(self, one: TensorInfo, two: TensorInfo) -> bool:
         """Whether two tensors agree in type, shape and every byte."""

@@ -1,7 +1,6 @@
 """Both checkpoints in step, piece by piece: a few threads read and measure, sums stay in order.
 
-A piece is at least one row of the first dimension: one expert, where experts are stacked. Every
-thread holds one piece of each checkpoint. Sums do not depend on the number of threads.
+Every thread holds one piece of each checkpoint. Sums do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import local
 
+from realign.checkpoint.chunks import Chunk, chunks_of, read_chunk
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.reader import Checkpoint
 from realign.diff.pairs import Pair
@@ -24,15 +24,13 @@ _MOST_THREADS = 4
 _AHEAD = 3
 """Pieces that wait for each thread: enough to keep it busy, next to nothing in memory."""
 
-Rows = tuple[int, int] | None
-
 
 @dataclass(frozen=True)
 class _Piece:
     pair: Pair
     a: TensorInfo
     b: TensorInfo
-    rows: Rows
+    chunk: Chunk
     nbytes: int
     """Bytes of both."""
 
@@ -62,15 +60,16 @@ def measure_pieces(
         meter: Meter = own.meter
         third = None
         if reference is not None and _fits(reference, piece):
-            third = reference.read(piece.a.name, piece.rows)
-        one, two = a.read(piece.a.name, piece.rows), b.read(piece.b.name, piece.rows)
+            third = read_chunk(reference, piece.a.name, piece.chunk)
+        one = read_chunk(a, piece.a.name, piece.chunk)
+        two = read_chunk(b, piece.b.name, piece.chunk)
         return meter.measure(one, two, third)
 
     workers = max(1, min(_MOST_THREADS, os.cpu_count() or 1))
     waiting: deque[tuple[_Piece, Future[Terms]]] = deque()
     with torch_threads(1), ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            for piece in _pieces(pairs, piece_bytes):
+            for piece in _pieces(pairs, a, b, piece_bytes):
                 waiting.append((piece, pool.submit(measure, piece)))
                 if len(waiting) > _AHEAD * workers:
                     done, terms = waiting.popleft()
@@ -93,17 +92,19 @@ def _fits(reference: Checkpoint, piece: _Piece) -> bool:
     return there.shape[0] >= compared and there.shape[1:] == piece.a.shape[1:]
 
 
-def _pieces(pairs: Sequence[Pair], piece_bytes: int) -> Iterator[_Piece]:
+def _pieces(
+    pairs: Sequence[Pair], a: Checkpoint, b: Checkpoint, piece_bytes: int
+) -> Iterator[_Piece]:
     for pair in pairs:
-        a, b = pair.a, pair.b
-        if a is None or b is None or not pair.comparable:
+        if pair.a is None or pair.b is None or not pair.comparable:
             continue
-        if not a.shape:
-            yield _Piece(pair, a, b, None, a.nbytes + b.nbytes)
+        if not pair.a.numel:  # it counts as a tensor
+            yield _Piece(pair, pair.a, pair.b, Chunk(0, 0, 0), 0)
             continue
-        total = a.shape[0] if pair.rows is None else pair.rows
-        of_a, of_b = a.nbytes // max(1, a.shape[0]), b.nbytes // max(1, b.shape[0])
-        step = max(1, piece_bytes // max(of_a, of_b, 1))
-        for start in range(0, max(total, 1), step):
-            stop = min(start + step, total)
-            yield _Piece(pair, a, b, (start, stop), (stop - start) * (of_a + of_b))
+        # The wider type first: it says how many rows a piece holds.
+        tensors = sorted(((a, pair.a), (b, pair.b)), key=lambda each: -each[1].torch_dtype.itemsize)
+        sources = [(checkpoint, info.name) for checkpoint, info in tensors]
+        rows = None if pair.rows is None else (0, pair.rows)
+        both = pair.a.torch_dtype.itemsize + pair.b.torch_dtype.itemsize
+        for chunk in chunks_of(sources, nbytes=piece_bytes, rows=rows):
+            yield _Piece(pair, pair.a, pair.b, chunk, chunk.numel * both)

@@ -88,8 +88,8 @@ def _chunks(
     """Rows that are copied, or edited entry by entry where `roles` are given."""
     name, read = pair.role.name, roles or ("finetuned",)
     info, checkpoints = inputs.finetuned.tensors[name], inputs.all()
-    used = [checkpoints[role] for role in read]
-    for chunk in chunks_of(name, used, nbytes=STREAM_BYTES, rows=(start, stop)):
+    used = [(checkpoints[role], name) for role in read]
+    for chunk in chunks_of(used, nbytes=STREAM_BYTES, rows=(start, stop)):
         at_end = chunk.within is None or chunk.within[1] == info.shape[1]
         yield Cut(
             pair,

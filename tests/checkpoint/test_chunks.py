@@ -33,7 +33,7 @@ def test_chunks_put_together_are_the_tensor(
     first = data.draw(st.integers(0, count))
     rows = (first, data.draw(st.integers(first, count)))
     with FolderCheckpoint(folder, source="model") as checkpoint:
-        chunks = list(chunks_of(name, [checkpoint], nbytes=nbytes, rows=rows))
+        chunks = list(chunks_of([(checkpoint, name)], nbytes=nbytes, rows=rows))
         read = [read_chunk(checkpoint, name, chunk) for chunk in chunks]
         whole = checkpoint.read(name).reshape(count, -1)[slice(*rows)].reshape(-1)
     assert [tensor.numel() for tensor in read] == [chunk.numel for chunk in chunks]
@@ -54,9 +54,9 @@ def test_no_parts_where_each_would_cost_a_whole_matrix(folder: Path) -> None:
         FolderCheckpoint(folder, source="model") as plain,
         Merging(folder, source="model") as merging,
     ):
-        parts = list(chunks_of("stack", [plain], nbytes=16))
+        parts = list(chunks_of([(plain, "stack")], nbytes=16))
         assert len(parts) == 24 and all(part.within is not None for part in parts)
-        whole = list(chunks_of("stack", [plain, merging], nbytes=16))
+        whole = list(chunks_of([(plain, "stack"), (merging, "stack")], nbytes=16))
         assert [(each.start, each.stop, each.within) for each in whole] == [
             (0, 1, None),
             (1, 2, None),
