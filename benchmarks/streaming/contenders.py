@@ -25,8 +25,28 @@ def realign(*arguments: str) -> tuple[str, ...]:
     return (str(Path(sys.executable).with_name("realign")), *arguments)
 
 
-def ours(family: Path, output: Path | None, *, method: str = "resta") -> Command:
-    """The real command; without an output it is a dry run."""
+_OUR_IMPORTS = """\
+import realign_cli.main
+from realign_cli.imports import swift_imports
+with swift_imports():
+    import realign.repair.engine
+"""
+
+FIRST = "realign, first run"
+
+
+def ours(
+    family: Path, output: Path | None, *, method: str = "resta", first: bool = False
+) -> Command:
+    """The real command; without an output it is a dry run.
+
+    Args:
+        family: the three checkpoints.
+        output: its folder.
+        method: of the repair.
+        first: with an empty cache, so that the inputs are hashed; otherwise their hashes are those
+            that an earlier run has kept.
+    """
     last = ("--dry-run",) if output is None else ("--out", str(output))
     argv = realign(
         *("repair", str(family / "finetuned")),
@@ -36,6 +56,10 @@ def ours(family: Path, output: Path | None, *, method: str = "resta") -> Command
         *("--json", "--quiet", "--offline"),
         *last,
     )
+    if first:
+        assert output is not None
+        cache = f'REALIGN_CACHE=$(mktemp -d -p "{output.parent}")'
+        return Command(FIRST, ("sh", "-c", f'{cache} exec "$0" "$@"', *argv), output)
     return Command("dry run" if output is None else "realign", argv, output)
 
 
@@ -90,7 +114,7 @@ def start_ups(python: Path | None) -> list[Command]:
     commands = [
         Command(
             "realign",
-            (sys.executable, "-P", "-c", "import realign_cli.main, realign.repair.engine"),
+            (sys.executable, "-P", "-c", _OUR_IMPORTS),
         ),
         Command(
             "naive",

@@ -45,7 +45,7 @@ def _save(figure: Any, file: Path) -> None:
 
 
 def _colour(name: str) -> str:
-    return OURS if name == "realign" else GROUND if name.startswith("floor") else OTHER
+    return OURS if name.startswith("realign") else GROUND if name.startswith("floor") else OTHER
 
 
 def _compare(found: Mapping[str, Any]) -> Any:

@@ -139,6 +139,13 @@ def _ratios(found: Mapping[str, Any]) -> str:
         [each["of"].replace("this", name), *(spread(each[key]) for key in keys)]
         for name, each in found["ratios"].items()
     ]
+    lines += [
+        [
+            each["of"].replace("this", name).replace("ours", "ours, first run"),
+            *(spread(each[key]) for key in keys),
+        ]
+        for name, each in found.get("ratios_of_first_run", {}).items()
+    ]
     return table(
         ["ratio", "wall", "without start-up", "CPU", "without start-up", "peak RSS"], lines
     )

@@ -81,6 +81,7 @@ def _row(step: Step, family: Path, method: str, work: Path, repeats: int) -> dic
     floor = contenders.floor(family, output.with_name("floor"), chunk=CHUNK, hashed=False)
     # The floor is timed beside the element-wise method only: decompositions are no streaming.
     commands = [command, floor] if method == "resta" else [command]
+    run(command)  # keeps the hashes of the inputs
     runs, loads = measure(commands, repeats=repeats, inputs=inputs)
     found = summary(runs["realign"])
     largest = predicted["largest_matrix"]
