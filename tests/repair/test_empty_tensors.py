@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.repair_support import Trio, read_folder
 
+from realign.checkpoint.verification import verify_output
 from realign.repair.engine import repair
 from realign.repair.plan import plan
 from realign.repair.request import RepairRequest
@@ -53,6 +56,41 @@ def test_they_are_copied(trio_of, tmp_path: Path, method: str, scope: str) -> No
     assert result.rows and not {row.tensor for row in result.rows} & set(EMPTY)
     written = read_folder(result.output)
     assert {name: written[name].shape for name in EMPTY} == {n: t.shape for n, t in EMPTY.items()}
+
+
+@pytest.mark.parametrize("shape", [(4, 0), (0, 4)])
+@pytest.mark.parametrize("method", ["resta", "replace"])
+def test_they_may_stand_last_in_a_file(
+    trio_of, tmp_path: Path, shape: tuple[int, int], method: str
+) -> None:
+    """Where a file ends with its last byte, something may still belong to it."""
+    trio = trio_of("llama", torch.bfloat16, "20KB")
+    added: set[str] = set()
+    for role in ("base", "aligned", "finetuned"):
+        folder = shutil.copytree(getattr(trio, role), tmp_path / role)
+        index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+        for number, file in enumerate(sorted(folder.glob("*.safetensors"))):
+            name = f"model.zz{number}.weight"
+            tensors = load_file(file) | {name: torch.empty(shape, dtype=torch.bfloat16)}
+            save_file(tensors, file, metadata={"format": "pt"})
+            index["weight_map"][name] = file.name
+            added.add(name)
+            with safe_open(file, "pt") as opened:
+                assert opened.offset_keys()[-1] == name
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    assert len(added) == 2
+    result = repair(
+        RepairRequest(
+            finetuned=tmp_path / "finetuned",
+            aligned=tmp_path / "aligned",
+            base=tmp_path / "base",
+            method=method,
+            output=tmp_path / "out",
+        )
+    )
+    assert verify_output(result.output).problems == ()
+    written = read_folder(result.output)
+    assert {name: tuple(written[name].shape) for name in added} == dict.fromkeys(added, shape)
 
 
 def test_a_patch_leaves_them_out(trio_of, tmp_path: Path) -> None:
