@@ -33,6 +33,8 @@ class _Piece:
     chunk: Chunk
     nbytes: int
     """Bytes of both."""
+    in_reference: bool = False
+    """Whether the reference holds the tensor, too."""
 
 
 def measure_pieces(
@@ -59,7 +61,7 @@ def measure_pieces(
             own.meter = Meter()
         meter: Meter = own.meter
         third = None
-        if reference is not None and _fits(reference, piece):
+        if reference is not None and piece.in_reference:
             third = read_chunk(reference, piece.a.name, piece.chunk)
         one = read_chunk(a, piece.a.name, piece.chunk)
         two = read_chunk(b, piece.b.name, piece.chunk)
@@ -69,7 +71,7 @@ def measure_pieces(
     waiting: deque[tuple[_Piece, Future[Terms]]] = deque()
     with torch_threads(1), ThreadPoolExecutor(max_workers=workers) as pool:
         try:
-            for piece in _pieces(pairs, a, b, piece_bytes):
+            for piece in _pieces(pairs, a, b, reference, piece_bytes):
                 waiting.append((piece, pool.submit(measure, piece)))
                 if len(waiting) > _AHEAD * workers:
                     done, terms = waiting.popleft()
@@ -81,30 +83,37 @@ def measure_pieces(
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _fits(reference: Checkpoint, piece: _Piece) -> bool:
+def _fits(reference: Checkpoint, pair: Pair, a: TensorInfo) -> bool:
     """Whether the reference holds all that is compared; its vocabulary may be longer."""
-    there = reference.tensors.get(piece.a.name)
-    if there is None or there.shape == piece.a.shape:
+    there = reference.tensors.get(a.name)
+    if there is None or there.shape == a.shape:
         return there is not None
-    if piece.pair.role.kind not in ("embedding", "head") or not there.shape or not piece.a.shape:
+    if pair.role.kind not in ("embedding", "head") or not there.shape or not a.shape:
         return False
-    compared = piece.a.shape[0] if piece.pair.rows is None else piece.pair.rows
-    return there.shape[0] >= compared and there.shape[1:] == piece.a.shape[1:]
+    compared = a.shape[0] if pair.rows is None else pair.rows
+    return there.shape[0] >= compared and there.shape[1:] == a.shape[1:]
 
 
 def _pieces(
-    pairs: Sequence[Pair], a: Checkpoint, b: Checkpoint, piece_bytes: int
+    pairs: Sequence[Pair],
+    a: Checkpoint,
+    b: Checkpoint,
+    reference: Checkpoint | None,
+    piece_bytes: int,
 ) -> Iterator[_Piece]:
     for pair in pairs:
         if pair.a is None or pair.b is None or not pair.comparable:
             continue
-        if not pair.a.numel:  # it counts as a tensor
+        if not pair.a.numel or pair.rows == 0:  # it counts as a tensor
             yield _Piece(pair, pair.a, pair.b, Chunk(0, 0, 0), 0)
             continue
         # The wider type first: it says how many rows a piece holds.
         tensors = sorted(((a, pair.a), (b, pair.b)), key=lambda each: -each[1].torch_dtype.itemsize)
         sources = [(checkpoint, info.name) for checkpoint, info in tensors]
+        third = reference is not None and _fits(reference, pair, pair.a)
+        if reference is not None and third:
+            sources.append((reference, pair.a.name))
         rows = None if pair.rows is None else (0, pair.rows)
         both = pair.a.torch_dtype.itemsize + pair.b.torch_dtype.itemsize
         for chunk in chunks_of(sources, nbytes=piece_bytes, rows=rows):
-            yield _Piece(pair, pair.a, pair.b, chunk, chunk.numel * both)
+            yield _Piece(pair, pair.a, pair.b, chunk, chunk.numel * both, third)

@@ -96,7 +96,7 @@ class Pipeline(Generic[J, T, R]):
             for number in range(self._workers):
                 self._start(f"realign-work-{number}")
         except BaseException as error:  # no thread is left, or Ctrl-C
-            self._fail(error)
+            interrupt = error
         while True:
             try:
                 if interrupt is not None:

@@ -33,9 +33,9 @@ class ShardSink:
         """What was done, by finished file."""
         self._output, self._todo, self._task = output, list(reversed(shards)), task
         self._open = ExitStack()
-        self._shard: ShardLayout | None = None
         self._writer: ShardWriter | None = None
-        self._names: frozenset[str] = frozenset()  # of the open file's tensors
+        self._left = 0  # bytes that the open file still lacks
+        self._done: list[TensorRow] = []
 
     def __enter__(self) -> Self:
         return self
@@ -46,19 +46,19 @@ class ShardSink:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Finish the last file; after an error it stays unfinished.
+        """After an error the open file stays unfinished.
 
         Raises:
             OutputError: the disk is full or not writable.
         """
         if error is None:
-            while self._todo:  # without a single tensor, or it would have been begun
-                self._begin_next()
-            self._finish()
+            while self._todo and not self._todo[-1].nbytes:
+                self._begin()
+            assert self._writer is None and not self._todo, "a weight file lacks pieces"
         self._open.__exit__(kind, error, trace)
 
     def write(self, piece: EditedPiece, rows: Sequence[TensorRow]) -> None:
-        """Append a piece.
+        """Append a piece; a file is finished with its last byte.
 
         Args:
             piece: the next one.
@@ -67,25 +67,27 @@ class ShardSink:
         Raises:
             OutputError: the disk is full or not writable.
         """
-        name = piece.cut.pair.role.name
-        while name not in self._names:
-            self._begin_next()
-        assert self._writer is not None and self._shard is not None
-        self._writer.write(name, piece.stored)
-        self.rows[self._shard.filename] += rows
+        if not piece.stored.nbytes:  # in the header only, perhaps of a file that is finished
+            assert not rows, f"{piece.cut.pair.role.name} has no entries and was edited"
+            return
+        while self._writer is None:
+            self._begin()
+        self._writer.write(piece.cut.pair.role.name, piece.stored)
+        self._done += rows
+        self._left -= piece.stored.nbytes
         self._task.advance(piece.stored.nbytes)
+        if not self._left:
+            self._finish(self._writer)
 
-    def _begin_next(self) -> None:
-        self._finish()
-        self._shard = self._todo.pop()
-        self._names = frozenset(spec.name for spec in self._shard.tensors)
-        self.rows[self._shard.filename] = []
-        self._writer = self._open.enter_context(self._output.shard(self._shard))
+    def _begin(self) -> None:
+        shard = self._todo.pop()
+        self._left, self._done = shard.nbytes, []
+        self.rows[shard.filename] = self._done
+        self._writer = self._open.enter_context(self._output.shard(shard))
+        if not self._left:
+            self._finish(self._writer)
 
-    def _finish(self) -> None:
-        """Not before the next file is due: tensors without bytes may follow the last byte."""
-        if self._writer is not None and self._shard is not None:
-            rows = self.rows[self._shard.filename]
-            self._writer.facts["rows"] = [row.to_json() for row in rows]
-            self._writer = None
-            self._open.close()
+    def _finish(self, writer: ShardWriter) -> None:
+        writer.facts["rows"] = [row.to_json() for row in self._done]
+        self._writer = None
+        self._open.close()

@@ -289,6 +289,7 @@ def _squares(both: Tensor) -> tuple[float, float]:
     total = np.zeros(2)
     for part in (values[:, :whole].reshape(2, -1, RUN), values[:, None, whole:]):
         if part.size:
-            dots = np.matmul(part[..., None, :], part[..., :, None])
+            with np.errstate(over="ignore"):  # infinity is what the caller looks for
+                dots = np.matmul(part[..., None, :], part[..., :, None])
             total += dots.sum(axis=(1, 2, 3), dtype=np.float64)
     return float(total[0]), float(total[1])

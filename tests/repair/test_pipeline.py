@@ -226,3 +226,37 @@ def test_ctrl_c_while_a_thread_writes(times: int) -> None:
     assert threading.active_count() == before
     time.sleep(0.1)
     assert written == [0]
+
+
+class Interrupted(Pipeline[int, int, int]):
+    """Ctrl-C after the first of its threads has started."""
+
+    def _start(self, name: str) -> None:
+        super()._start(name)
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_while_the_threads_are_started() -> None:
+    before = threading.active_count()
+    written: list[int] = []
+
+    def write(job: int) -> None:
+        time.sleep(0.02)
+        written.append(job)
+
+    pipeline = Interrupted(
+        range(100),
+        read=lambda job: job,
+        work=lambda job: job,
+        write=write,
+        cost=lambda _: 1,
+        budget=100,
+        workers=3,
+    )
+    with pytest.raises(KeyboardInterrupt):
+        pipeline.run()
+    count = len(written)
+    assert count <= 1
+    assert threading.active_count() == before
+    time.sleep(0.1)
+    assert len(written) == count

@@ -165,6 +165,13 @@ def test_the_order_in_memory_and_the_pieces_of_a_run_do_not_matter(
         assert found.cross == pytest.approx(expected, abs=1e-7 * scale)
 
 
+def test_sums_beyond_float32_are_infinite_and_nothing_warns() -> None:
+    reference = torch.full((6, 8), 1e25, dtype=torch.bfloat16)
+    meter = FamilyMeter(8, top_triplets(A.new_ones(6, 8), 1))
+    meter.add(reference, -reference)
+    assert meter.terms().task == meter.terms().reference == math.inf
+
+
 def test_an_entry_that_is_not_finite_shows_also_where_nothing_else_changed() -> None:
     reference = torch.ones(6, 8, dtype=torch.bfloat16)
     for bad in (math.nan, math.inf):
