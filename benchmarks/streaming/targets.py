@@ -110,6 +110,14 @@ def _compare(found: Mapping[str, Any] | None) -> list[Row]:
             whole,
         ),
         row(
+            "the same against mergekit in float32, whose output has our bits",
+            f"at least {MERGEKIT}x faster",
+            "mergekit, float32",
+            wall,
+            lambda ratio: ratio >= MERGEKIT,
+            whole,
+        ),
+        row(
             f"{resta} against the naive script",
             f"at least {NAIVE}x faster",
             "naive",
