@@ -97,7 +97,7 @@ def _option_row(option: Any) -> str:
     default = "" if nothing else f"`{option.default}`"
     if "(default:" in text:
         text, _, own = text.partition("(default:")
-        default = own.strip().removesuffix(")")
+        default = own.rpartition(")")[0].strip() or own.strip()
     if option.required:
         default = "required"
     return f"| {names}{value} | {_cell(text)} | {_cell(default)} |"

@@ -77,8 +77,8 @@ class PatchFile:
 
     @property
     def nbytes(self) -> int:
-        """Size of the weight file."""
-        return self.weights.stat().st_size
+        """Bytes of its tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
 
     @property
     def trained(self) -> tuple[str, ...]:

@@ -71,8 +71,8 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
         ("output", f"{plan.output or ''}{' (LoRA patch)' if plan.patch else ''}"),
     ]
     lines = [Text.assemble((f"{name:21}", "dim"), value) for name, value in facts if value]
-    notes = [Text(f"warning: {doubt}", style="bold yellow") for doubt in plan.doubts]
-    notes += [Text(f"note: {note}", style="yellow") for note in plan.notes]
+    # Doubts are not repeated here: they are warnings, and stand on standard error.
+    notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return (inputs, "", *lines, "", tensors, *([""] if notes else []), *notes)
 
 

@@ -1,8 +1,8 @@
 """Dense float64 references of the three methods, written apart from the product.
 
-A reference computes the edit E of one logical matrix, and `assert_within` holds the output to
-|W' - (Wf + E)| <= 1 ulp + 1e-6 max|E|, entry by entry. Which part of a stored tensor a logical
-matrix is, is read from its key in `realign.json` ("name[e3.gate_proj]") and cut here by hand.
+A reference computes the edit E of one logical matrix, and `error_in_bounds` measures the output
+against |W' - (Wf + E)| <= 1 ulp + 1e-6 max|E|, entry by entry. Where a matrix lies in its stored
+tensor is the product's own geometry (`slots`), which tests/checkpoint/test_slots.py holds.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor
 DEAD = 1e-6
 ROUNDING = 256 * 2.0**-52
 DEGENERATE = 1e-6
+SHARE = 1e-9
 
 
 def resta(base: Tensor, aligned: Tensor, *, gamma: float = 0.5) -> Tensor:
@@ -41,7 +42,7 @@ def lssf(
         n: tokens counted.
         s1: sum of v [d].
         s2: sum of v v^T [d, d].
-        rank: r, as the run recorded it: rounding may tip the rule where the entropy meets eta.
+        rank: r, as the run recorded it; held to the entropy rule here.
 
     Returns:
         E, and whether the cut at r is degenerate.
@@ -59,15 +60,20 @@ def lssf(
     correlation = scale[:, None] * covariance * scale
     values, vectors = torch.linalg.eigh((correlation + correlation.T) / 2)
     energies = values.flip(0).clamp(min=0)
+    assert _is_entropy_rank(energies, rank), f"rank {rank} is not that of the entropy rule"
     u = vectors.flip(1)[:, :rank]
     return u @ (u.T @ (weight - base.double())), _degenerate(energies, rank)
 
 
-def entropy_rank(energies: Tensor, eta: float = 0.85) -> int:
-    """Smallest rank whose share of the spectrum's entropy exceeds eta."""
+def _is_entropy_rank(energies: Tensor, rank: int, eta: float = 0.85) -> bool:
+    """Whether r is the smallest rank whose share of the spectrum's entropy exceeds eta.
+
+    Where a share meets eta but for rounding, both sides of it are right.
+    """
     p = energies / energies.sum()
     terms = -torch.special.xlogy(p, p)
-    return int((terms.cumsum(0) <= eta * terms.sum()).sum()) + 1
+    shares = torch.cat([torch.zeros(1).double(), terms.cumsum(0)]) / terms.sum()
+    return bool(shares[rank - 1] <= eta + SHARE and shares[rank] > eta - SHARE)
 
 
 def _degenerate(energies: Tensor, rank: int) -> bool:

@@ -156,8 +156,9 @@ def test_inspect_says_where_it_comes_from_and_belongs(made: Path, tmp_path: Path
     found: Any = realign("patch", "inspect", made / "patch", "--json").json
     assert found["model_has_recorded_hash"] == "yes"
     assert found["origin"]["method"] == "replace" and found["exact"] is True
-    assert found["nbytes"] == (made / "patch" / "adapter_model.safetensors").stat().st_size
     tensors = load_file(made / "patch" / "adapter_model.safetensors")
+    written = json.loads((made / "patch" / "realign.json").read_text("utf-8"))["patch"]["nbytes"]
+    assert found["nbytes"] == sum(tensor.nbytes for tensor in tensors.values()) == written
     for each in found["modules"]:
         stem = f"base_model.model.{each['module']}.lora_"
         product = tensors[f"{stem}B.weight"].double() @ tensors[f"{stem}A.weight"].double()

@@ -86,8 +86,10 @@ def test_killed_at_random_moments(
     out = work / "out"
     command = [*command, *options]
     expected, length = whole(server, command, out)
-    killed = resumed = 0
-    for _ in range(MOMENTS if not options else MOMENTS // 5):
+    killed = resumed = runs = 0
+    wanted = MOMENTS if not options else MOMENTS // 5
+    while killed < wanted:
+        assert (runs := runs + 1) <= 3 * wanted, "the runs ended before they were killed"
         child = server.start([*command, "-o", out])
         time.sleep(draw.uniform(0.0, length))
         os.kill(child, signal.SIGKILL)
@@ -97,7 +99,6 @@ def test_killed_at_random_moments(
         resumed += "resuming: " in finish(server, command, out, expected).stderr
     assert isinstance(command[1], Path) and folder_bytes(command[1].parent) == inputs
     if not options:
-        assert killed > MOMENTS * 0.6, "the runs ended before they were killed"
         assert resumed >= 5
 
 
