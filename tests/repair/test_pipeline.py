@@ -3,7 +3,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from hypothesis import given, settings
@@ -211,21 +211,26 @@ def test_ctrl_c_while_a_thread_writes(times: int) -> None:
         time.sleep(0.05)
         written.append(job)
 
-    pipeline = Pipeline(
-        range(8),
+    _stop(Pipeline, write)
+    assert written == [0]
+    assert threading.active_count() == before
+    time.sleep(0.1)
+    assert written == [0]
+
+
+def _stop(kind: type[Pipeline[int, int, int]], write: Callable[[int], None]) -> None:
+    """Run a pipeline that only Ctrl-C ends before its last job."""
+    pipeline = kind(
+        range(100),
         read=lambda job: job,
         work=lambda job: job,
         write=write,
         cost=lambda _: 1,
         budget=100,
-        workers=2,
+        workers=3,
     )
     with pytest.raises(KeyboardInterrupt):
         pipeline.run()
-    assert written == [0]
-    assert threading.active_count() == before
-    time.sleep(0.1)
-    assert written == [0]
 
 
 class Interrupted(Pipeline[int, int, int]):
@@ -244,17 +249,7 @@ def test_ctrl_c_while_the_threads_are_started() -> None:
         time.sleep(0.02)
         written.append(job)
 
-    pipeline = Interrupted(
-        range(100),
-        read=lambda job: job,
-        work=lambda job: job,
-        write=write,
-        cost=lambda _: 1,
-        budget=100,
-        workers=3,
-    )
-    with pytest.raises(KeyboardInterrupt):
-        pipeline.run()
+    _stop(Interrupted, write)
     count = len(written)
     assert count <= 1
     assert threading.active_count() == before
