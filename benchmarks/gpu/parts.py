@@ -20,9 +20,10 @@ from realign.model.moments import Moments
 from realign.repair.apply import apply_edit
 from realign.repair.edit import Dense, Layer, LowRank
 from realign.repair.engine import repair
-from realign.repair.method import NO_STATISTICS, Method, Statistics
+from realign.repair.method import Method
 from realign.repair.methods.delta_svd import DeltaSvd
 from realign.repair.methods.lssf import Lssf
+from realign.repair.preparation import NO_STATISTICS, Statistics
 from realign.repair.request import RepairRequest
 from realign.subspace.spectrum import decompose, decompose_batch
 

@@ -30,8 +30,8 @@ from realign.model.accumulate import Sums
 from realign.model.moments import Moments
 from realign.repair.apply import apply_edit
 from realign.repair.edit import Dense, Layer, LowRank
-from realign.repair.method import Statistics
 from realign.repair.methods.lssf import Lssf
+from realign.repair.preparation import Statistics
 
 BLOCK = {"2048x2048": 2, "256x2048": 2, "5632x2048": 2, "2048x5632": 1}
 """The matrices of a decoder block of a 1.1 B model: q and o, k and v, gate and up, down."""

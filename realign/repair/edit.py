@@ -38,6 +38,25 @@ def _no_facts() -> Facts:
     return {}
 
 
+@dataclass(frozen=True, eq=False)
+class LoraFactors:
+    """A task vector in factors: delta_task = scale * up @ down, before any rounding.
+
+    Attributes:
+        down: A_l [r, d_in].
+        up: B_l [d_out, r].
+        scale: s = lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA).
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+
+    def product(self) -> Tensor:
+        """Return s B A [d_out, d_in] in float32."""
+        return self.scale * (self.up.float() @ self.down.float())
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layer:
     """One logical matrix [d_out, d_in] in every checkpoint, in the dtype it has on disk.
@@ -52,7 +71,12 @@ class Layer:
         aligned: Wa, the parent of the fine-tune.
         base: W0, the weight before alignment.
         unaligned: Wu, the aligned weight after a deliberate un-alignment.
-        seed: for randomised methods, derived from (seed, method, tensor name).
+        safety: Ws, the aligned weight after a fine-tune on safe data.
+        reference: We, a weight whose safety is stronger than the aligned one's.
+        also: the weights of other fine-tunes that are fused with this one.
+        lora: the factors of the fine-tune, where it is a LoRA adapter.
+        seed: of the run; randomised methods draw with `realign.subspace.keyed`.
+        start: entries of the tensor before this chunk, in row-major order.
     """
 
     key: str
@@ -62,7 +86,12 @@ class Layer:
     aligned: Tensor | None = None
     base: Tensor | None = None
     unaligned: Tensor | None = None
+    safety: Tensor | None = None
+    reference: Tensor | None = None
+    also: tuple[Tensor, ...] = ()
+    lora: LoraFactors | None = None
     seed: int = 0
+    start: int = 0
 
     def task_vector(self) -> Tensor:
         """Return delta_task = Wf - Wa, a new float32 (float64 for float64 inputs) tensor."""
@@ -72,7 +101,9 @@ class Layer:
         """Return delta_safe: Wa - W0 for "base", Wa - Wu for "unaligned"; new, float32 or 64."""
         return difference(self.require("aligned"), self.require(kind))
 
-    def require(self, role: Literal["aligned", "base", "unaligned"]) -> Tensor:
+    def require(
+        self, role: Literal["aligned", "base", "unaligned", "safety", "reference"]
+    ) -> Tensor:
         """Return the tensor of `role`; the plan has made sure that it is there."""
         tensor: Tensor | None = getattr(self, role)
         assert tensor is not None, f"{self.key}: the method needs the {role} weight"

@@ -8,7 +8,6 @@ matrices and chunks. Not here: where pieces come from (`stream`), the fast form 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,8 +22,8 @@ from realign.repair.apply import CHUNK_ELEMENTS, Effect, apply_edit, row_chunks,
 from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
 from realign.repair.entries import EntryWork
 from realign.repair.lanes import Lane, Lanes
-from realign.repair.method import Statistics
 from realign.repair.plan import Plan
+from realign.repair.preparation import Statistics
 from realign.repair.record import TensorRow, edited_row
 from realign.repair.stream import Cut, Piece
 from realign.repair.verify import check_input, check_output
@@ -227,7 +226,7 @@ class Editor:
             aligned=matrices.get("aligned"),
             base=matrices.get("base"),
             unaligned=matrices.get("unaligned"),
-            seed=derived_seed(self._plan.seed, self._plan.method.name, key),
+            seed=self._plan.seed,
         )
 
     def row(self, cut: Cut, edit: Edit, effect: Effect, *, key: str, module: str) -> TensorRow:
@@ -296,9 +295,3 @@ class Tally:
         if self._edited:
             return Dense(torch.empty(0))
         return Unchanged(self._reasons[0] if self._reasons else "empty tensor")
-
-
-def derived_seed(seed: int, method: str, key: str) -> int:
-    """The seed of one matrix: the same whatever the order of shards, the device or the threads."""
-    digest = hashlib.sha256(f"{seed}\0{method}\0{key}".encode()).digest()
-    return int.from_bytes(digest[:7], "little")

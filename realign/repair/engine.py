@@ -26,9 +26,9 @@ from realign.errors import UsageError
 from realign.progress import SILENT, Progress
 from realign.repair.cache import hash_store
 from realign.repair.flow import Flow
-from realign.repair.method import NO_STATISTICS, Statistics
 from realign.repair.patch import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Patch, build_patch
 from realign.repair.plan import Plan, plan_repair
+from realign.repair.preparation import NO_STATISTICS, Statistics
 from realign.repair.record import TensorRow, Totals, build_manifest, remarks, totals_of
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 from realign.repair.sources import Sources

@@ -21,11 +21,11 @@ from realign.repair.edit import Unchanged
 from realign.repair.editor import EditedPiece, Editor, Ledger
 from realign.repair.estimate import STREAM_BUDGET, WORKERS, device_bytes, matrix_budget
 from realign.repair.lanes import device_memory
-from realign.repair.method import Statistics
 from realign.repair.native import blas_threads, return_freed_memory, trim_memory
 from realign.repair.patch import Factors, factor
 from realign.repair.pipeline import Pipeline
 from realign.repair.plan import Plan
+from realign.repair.preparation import Statistics
 from realign.repair.record import TensorRow
 from realign.repair.request import Inputs
 from realign.repair.sink import ShardSink

@@ -1,29 +1,31 @@
-"""What a repair method is: a frozen dataclass of hyper-parameters with up to two functions.
+"""What a repair method is: a frozen dataclass of hyper-parameters with up to three functions.
 
     prepare(workbench) -> Statistics     optional; the only step that may run a model
+    select(scores) -> Selection          optional; the only step that looks across matrices
     edit(layer, statistics) -> Edit      pure; one logical matrix in, one edit out
 
-Here: the base class, the card, the statistics that travel between the two steps, and the settling
-of the safety vector. Not here: the mathematics (`methods/`), names and entry points (`registry`),
-files, memory and devices (the engine).
+Here: the base class, the card, and the settling of what is not given. Not here: what travels
+between the steps (`preparation`), the mathematics (`methods/`), names and entry points
+(`registry`), files, memory and devices (the engine).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeAlias, TypeVar
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from realign.errors import UsageError
 from realign.repair.edit import Difference, Edit, Layer, VectorKind
 from realign.repair.parameters import Parameter, parameters_of
+from realign.repair.preparation import NO_STATISTICS, Data, Scores, Selection, Statistics, Workbench
 
-if TYPE_CHECKING:
-    from realign.model.moments import Moments
-
-Role: TypeAlias = Literal["aligned", "base", "unaligned"]
+Role: TypeAlias = Literal["aligned", "base", "unaligned", "safety", "reference"]
+CostClass: TypeAlias = Literal["reading", "decomposition", "forward", "gradients", "training"]
+"""What a run costs beside reading and writing: nothing, one decomposition per matrix, forward
+passes, backward passes, or a training."""
 Scope: TypeAlias = Literal["block_linear", "matrices", "all"]
 M = TypeVar("M", bound="Method")
 
@@ -59,42 +61,6 @@ class Card:
     cautions: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, eq=False)
-class Statistics:
-    """What `prepare` learned, for `edit`.
-
-    Attributes:
-        by_key: activation moments per slot key.
-        provenance: what they were computed from (model digest, prompts, template, options).
-        disposable: every look-up gives tensors of its own, which may be overwritten.
-    """
-
-    by_key: Mapping[str, Moments]
-    provenance: Mapping[str, str] = field(default_factory=dict[str, str])
-    disposable: bool = False
-
-    def moments(self, key: str) -> Moments | None:
-        """Return the moments of the slot `key`, None if none were collected."""
-        return self.by_key.get(key)
-
-
-NO_STATISTICS = Statistics({})
-
-
-class Workbench(Protocol):
-    """What `prepare` may ask for; the engine implements it."""
-
-    def moments(self, *, role: str, standardize: str, tokens: str) -> Statistics:
-        """Return the activation moments of the model `role` on the anchors.
-
-        Args:
-            role: the checkpoint to run, as "aligned".
-            standardize: "token" asks for standardised scatter matrices, else plain moments.
-            tokens: "response", "prompt" or "all": the positions that count.
-        """
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
     """A repair method; subclasses are frozen, keyword-only dataclasses of hyper-parameters.
@@ -105,6 +71,8 @@ class Method(ABC):
         needs: checkpoints needed beside the fine-tune, without the safety vector's second one.
         paper_vector: the method's own safety vector; None if it uses none.
         needs_anchors: whether `prepare` runs a model over the anchor prompts.
+        data: texts that `prepare` asks for; "safe" falls back on the anchors.
+        cost_class: see `CostClass`.
         elementwise: whether `edit` accepts any shape and any chunk of rows.
         default_scope: tensors edited unless the user says otherwise.
         max_strength: largest strength t at which the method is still itself.
@@ -115,6 +83,8 @@ class Method(ABC):
     needs: ClassVar[frozenset[Role]] = frozenset({"aligned"})
     paper_vector: ClassVar[VectorKind | None] = None
     needs_anchors: ClassVar[bool] = False
+    data: ClassVar[frozenset[Data]] = frozenset()
+    cost_class: ClassVar[CostClass] = "reading"
     elementwise: ClassVar[bool] = False
     default_scope: ClassVar[Scope] = "block_linear"
     max_strength: ClassVar[float] = float("inf")
@@ -173,9 +143,29 @@ class Method(ABC):
         extra: frozenset[Role] = frozenset({kind})
         return self.needs | extra
 
+    def settled(self, given: Given) -> Settled:
+        """Decide every setting that is "auto" by what was given, once for the whole run.
+
+        Raises:
+            UsageError: something the method cannot do without is missing; names the option.
+        """
+        return settle_safety_vector(self, given.roles)
+
     def prepare(self, workbench: Workbench) -> Statistics:
         """Collect what `edit` needs beside the weights; most methods need nothing."""
         return NO_STATISTICS
+
+    def required_data(self) -> frozenset[Data]:
+        """Return the texts that `prepare` asks for with these settings."""
+        return self.data
+
+    def prepares(self) -> bool:
+        """Whether `prepare` does anything."""
+        return type(self).prepare is not Method.prepare
+
+    def select(self, scores: Scores) -> Selection | None:
+        """Choose matrices by the scores that `prepare` left, before any is edited; None: all."""
+        return None
 
     def edit_batch(self, layers: Sequence[Layer], statistics: Statistics) -> list[Edit]:
         """Return the edits of several matrices of one shape, each what `edit` returns.
@@ -198,8 +188,20 @@ class Method(ABC):
 
 
 @dataclass(frozen=True)
+class Given:
+    """What the user gave, for a method that has to make do with it."""
+
+    roles: frozenset[str]
+    """Of the checkpoints beside the fine-tune."""
+    adapter: bool = False
+    """The fine-tune is a LoRA adapter whose factors are at hand."""
+    data: frozenset[str] = frozenset()
+    """Of the texts."""
+
+
+@dataclass(frozen=True)
 class Settled:
-    """A method whose safety vector is decided, and the line to print if that is a deviation."""
+    """A method whose settings are decided, and the line to print if that is a deviation."""
 
     method: Method
     note: str
@@ -213,7 +215,7 @@ def settle_safety_vector(method: Method, available: Collection[str]) -> Settled:
 
     Args:
         method: any method.
-        available: the roles that were given, out of "base" and "unaligned".
+        available: the roles that were given.
 
     Raises:
         UsageError: no given checkpoint makes the vector.

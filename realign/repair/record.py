@@ -21,8 +21,8 @@ from realign.repair.apply import Effect
 
 if TYPE_CHECKING:
     from realign.checkpoint.shards import ShardLayout
-    from realign.repair.method import Statistics
     from realign.repair.plan import Plan
+    from realign.repair.preparation import Statistics
 
 LOW_SURVIVAL = 0.9
 """Below this share of the edit, the output's dtype has rounded much of it away."""

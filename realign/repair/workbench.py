@@ -11,10 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+
+import torch
+from torch import Tensor
 
 from realign._version import __version__
 from realign.audit.canonical import sha256_json
@@ -24,7 +28,7 @@ from realign.checkpoint.layouts import locate, original
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, slot_shape
 from realign.errors import CheckpointError, ModelError, OutputError, SuiteError
-from realign.model.chat import encode
+from realign.model.chat import EncodedReply, encode
 from realign.model.generation import generate
 from realign.model.loading import LoadedModel, load_model
 from realign.model.moments import (
@@ -37,9 +41,10 @@ from realign.model.moments import (
 from realign.model.moments_file import StoredMoments, save_moments
 from realign.progress import SILENT, Progress
 from realign.repair.cache import cache_folder
-from realign.repair.method import Statistics
+from realign.repair.edit import Layer
 from realign.repair.plan import Plan
 from realign.repair.plan_anchors import MIN_ANCHORS, load_anchors
+from realign.repair.preparation import Data, GradientKind, RunningModel, Statistics
 from realign.repair.record import versions
 from realign.repair.request import Inputs, RepairRequest
 
@@ -73,6 +78,60 @@ class ModelWorkbench:
         self._progress = progress
         self._suite: Suite = load_anchors(request.anchors)
         self._cache = cache_folder(request.cache_dir)
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return self._plan.seed
+
+    @property
+    def device(self) -> torch.device:
+        """Where models run."""
+        return torch.device(self._plan.device)
+
+    @property
+    def progress(self) -> Progress:
+        """Shows what is being done."""
+        return self._progress
+
+    @property
+    def slots(self) -> Mapping[str, Slot]:
+        """The matrices that are to be edited, by key."""
+        return {slot.key: slot for pair in self._plan.edits for slot in pair.slots}
+
+    def layers(self) -> Iterator[Layer]:
+        """The matrices to edit, one after the other."""
+        raise NotImplementedError
+
+    def input_moments(
+        self, *, role: str, data: Data, tokens: str, diagonal: bool = False
+    ) -> Statistics:
+        """Moments of what every matrix is fed."""
+        raise NotImplementedError
+
+    def gradients(
+        self, *, role: str, data: Data, kind: GradientKind, limit: int | None = None
+    ) -> Mapping[str, Tensor]:
+        """A gradient statistic of every matrix."""
+        raise NotImplementedError
+
+    def examples(self, data: Data, *, role: str) -> Sequence[EncodedReply]:
+        """Texts as tokens."""
+        raise NotImplementedError
+
+    def pairs(self, *, role: str) -> Sequence[tuple[EncodedReply, EncodedReply]]:
+        """Pairs of answers as tokens."""
+        raise NotImplementedError
+
+    def running(self, role: str) -> AbstractContextManager[RunningModel]:
+        """A model in memory."""
+        raise NotImplementedError
+
+    def cached(
+        self, name: str, about: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        """Tensors from the cache, or made."""
+        raise NotImplementedError
 
     def moments(self, *, role: str, standardize: str, tokens: str) -> Statistics:
         """Activation moments of the model `role` on the anchors that it refuses.

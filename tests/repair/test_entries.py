@@ -14,9 +14,10 @@ from realign.repair import entries
 from realign.repair.apply import Effect, apply_edit, unchanged_effect
 from realign.repair.edit import Layer, Unchanged
 from realign.repair.entries import EntryWork
-from realign.repair.method import NO_STATISTICS, Method
+from realign.repair.method import Method
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.wise_ft import WiseFt
+from realign.repair.preparation import NO_STATISTICS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from realign.model.moments import Moments
 from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
-from realign.repair.method import NO_STATISTICS, Method, Statistics
+from realign.repair.method import Method
+from realign.repair.preparation import NO_STATISTICS, Statistics
 
 KEY = "model.layers.0.self_attn.q_proj.weight"
 

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
-from realign.repair.method import Card, Method, Statistics, Workbench
+from realign.repair.method import Card, Method
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.methods.scatter import output_spectrum
 from realign.repair.parameters import Choice, Either, Integer, Nothing, Real, parameter
+from realign.repair.preparation import Statistics, Workbench
 from realign.subspace.projector import direction_weights, energy_share
 from realign.subspace.vectors import squared_norm
 

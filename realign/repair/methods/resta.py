@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from realign.repair.edit import Dense, Difference, Edit, Layer, Unchanged, VectorKind
-from realign.repair.method import Card, Method, Scope, Statistics
+from realign.repair.method import Card, Method, Scope
 from realign.repair.parameters import Choice, Real, parameter
+from realign.repair.preparation import Statistics
 
 CARD = Card(
     title="RESTA: restoring safety by task arithmetic",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged
-from realign.repair.method import Method, Statistics
+from realign.repair.method import Method
+from realign.repair.preparation import Statistics
 from realign.subspace.spectrum import Decomposition, decompose, decompose_batch
 
 

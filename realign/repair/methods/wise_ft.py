@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from realign.repair.edit import Dense, Difference, Edit, Layer, Unchanged
-from realign.repair.method import Card, Method, Scope, Statistics
+from realign.repair.method import Card, Method, Scope
 from realign.repair.parameters import Real, parameter
+from realign.repair.preparation import Statistics
 from realign.subspace.vectors import difference
 
 CARD = Card(

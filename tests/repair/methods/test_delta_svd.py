@@ -16,8 +16,8 @@ from support.subspace_support import (
 from torch import Tensor
 
 from realign.repair.edit import Dense, LowRank, Unchanged
-from realign.repair.method import NO_STATISTICS
 from realign.repair.methods.delta_svd import DeltaSvd
+from realign.repair.preparation import NO_STATISTICS
 
 SHAPES = [(9, 9), (6, 14), (14, 6)]
 

@@ -9,13 +9,14 @@ import torch
 from support.subspace_support import edit_of, given, input_moments, layer_of, matrix, output_moments
 
 from realign.repair.edit import Layer
-from realign.repair.method import Method, Statistics
+from realign.repair.method import Method
 from realign.repair.methods.delta_svd import DeltaSvd
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.null_control import DeltaSvdNull, ReplaceNull
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.wise_ft import WiseFt
+from realign.repair.preparation import Statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -20,12 +20,13 @@ from support.subspace_support import (
 from torch import Tensor
 
 from realign.repair.edit import Layer, Unchanged
-from realign.repair.method import Method, Statistics
+from realign.repair.method import Method
 from realign.repair.methods.delta_svd import DeltaSvd
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.wise_ft import WiseFt
+from realign.repair.preparation import Statistics
 
 SHAPES = [(8, 8), (5, 12), (12, 5)]
 shapes = pytest.mark.parametrize("shape", SHAPES)

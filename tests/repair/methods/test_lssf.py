@@ -25,9 +25,9 @@ from torch import Tensor
 
 from realign.model.moments import Moments
 from realign.repair.edit import Dense, LowRank
-from realign.repair.method import Statistics
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.scatter import output_spectrum
+from realign.repair.preparation import Statistics
 from realign.subspace.entropy import total_entropy
 
 Z = torch.tensor([[1, -1, 1, -1], [2, -2, 2, -2], [1, 1, -1, -1]], dtype=torch.float64)

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from realign.model.moments import Moments
 from realign.repair.edit import Dense, LowRank, Unchanged
-from realign.repair.method import NO_STATISTICS, Statistics
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.scatter import output_spectrum
+from realign.repair.preparation import NO_STATISTICS, Statistics
 
 
 def method(**settings: object) -> Lssf:

@@ -156,7 +156,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 from realign.repair.edit import Dense, Edit, Layer
-from realign.repair.method import Card, Method, Statistics
+from realign.repair.method import Card, Method
+from realign.repair.preparation import Statistics
 from realign.repair.parameters import Real, parameter
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from realign.errors import UsageError
 from realign.repair.edit import Dense, Layer, LowRank, Unchanged
-from realign.repair.method import NO_STATISTICS
 from realign.repair.methods.replace import Replace
+from realign.repair.preparation import NO_STATISTICS
 
 SHAPES = [(8, 8), (6, 13), (13, 6)]
 SIDES = ["both", "left", "right"]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support.subspace_support import edit_of, error, layer_of, repaired
 
 from realign.repair.edit import Layer, Unchanged
-from realign.repair.method import NO_STATISTICS
 from realign.repair.methods.resta import Resta
+from realign.repair.preparation import NO_STATISTICS
 
 
 @pytest.mark.parametrize("kind", ["base", "unaligned"])

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support.subspace_support import edit_of, layer_of, repaired
 
 from realign.repair.edit import Dense, Layer, Unchanged
-from realign.repair.method import NO_STATISTICS
 from realign.repair.methods.wise_ft import WiseFt
+from realign.repair.preparation import NO_STATISTICS
 
 
 def test_hand_example() -> None:
