@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from realign.subspace.keyed import generator, uniforms
 
-KEY: Any = {
+KEY: dict[str, Any] = {
     "seed": 3,
     "method": "resta",
     "key": "model.layers.0.mlp.up_proj.weight",
@@ -27,7 +27,8 @@ def test_any_chunk_is_a_part_of_the_whole(start: int, count: int) -> None:
 def test_every_part_of_the_key_matters() -> None:
     first = uniforms(16, **KEY)
     for name, other in (("seed", 4), ("method", "x"), ("key", "y"), ("role", "z")):
-        assert not torch.equal(uniforms(16, **{**KEY, name: other}), first), name
+        changed: dict[str, Any] = {**KEY, name: other}
+        assert not torch.equal(uniforms(16, **changed), first), name
 
 
 def test_draws_are_uniform() -> None:
