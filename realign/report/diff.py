@@ -59,12 +59,11 @@ def diff_tables(
     if shown and top > 0:
         parts += ["", tensors_table(shown[:top], total=len(shown), order=order, width=width)]
     if not found.same_weights:
-        layers, modules = compared(found.layers), compared(found.modules)
+        layers, modules = compared(found.layers), by_change(found.modules)
         if layers:
             parts += ["", groups_table(layers, "layer", found, width=width)]
-        most = sorted(modules, key=lambda each: -(each.figures.relative or 0.0))
-        if most:
-            parts += ["", groups_table(most, "module", found, width=width)]
+        if modules:
+            parts += ["", groups_table(modules, "module", found, width=width)]
     if found.files:
         parts += ["", files_table(found.files)]
     notes = [Text(line, style="dim") for line in (*found.remarks, *_footnotes(found))]
@@ -124,6 +123,11 @@ def ranked(rows: Sequence[Row], *, order: Order) -> list[Row]:
 def compared(groups: Sequence[Group]) -> list[Group]:
     """Return the groups in which there was something to compare."""
     return [group for group in groups if group.tensors]
+
+
+def by_change(groups: Sequence[Group]) -> list[Group]:
+    """Return the groups in which there was something to compare, the most changed first."""
+    return sorted(compared(groups), key=lambda each: -(each.figures.relative or 0.0))
 
 
 def summary(found: Difference) -> str:

@@ -10,6 +10,7 @@ from realign._version import __version__
 from realign.checkpoint.writer import OutputFolder
 from realign.diff.result import Difference
 from realign.report.diff import (
+    by_change,
     compared,
     decimal,
     effective_ranks,
@@ -69,7 +70,7 @@ def render_page(found: Difference) -> str:
         .render(
             found=found,
             layers=compared(found.layers),
-            modules=compared(found.modules),
+            modules=by_change(found.modules),
             version=__version__,
             sides=[(label, side) for label, side in sides if side is not None],
             headline=list(headline(found)),

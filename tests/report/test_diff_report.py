@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,18 @@ def test_tables_fit_and_no_row_of_them_wraps(family: Difference, width: int) -> 
 
 def _by_change(groups: tuple[Group, ...]) -> list[Group]:
     return sorted(groups, key=lambda group: -(group.figures.relative or 0.0))
+
+
+def test_the_page_orders_modules_as_the_terminal_does_and_breaks_names_at_dots(
+    family: Difference,
+) -> None:
+    page = render_page(family)
+    section = page[page.index("<h2>By module") : page.index("<h2>Tensors that differ")]
+    assert re.findall(r"<tr><td>(\w+)</td>", section) == [
+        group.key for group in _by_change(family.modules)
+    ]
+    name = ranked(family.rows, order="relative")[0].name
+    assert f"<code>{name.replace('.', '.<wbr>')}</code>" in page
 
 
 @pytest.mark.parametrize("width", [60, 80, 100, 120])
