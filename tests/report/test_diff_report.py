@@ -121,7 +121,7 @@ def test_tensors_of_one_side_are_counted_and_do_not_crowd_out_the_others(tmp_pat
     statuses = [row["status"] for row in found.to_json()["tensors"]]
     assert statuses.count("only_a") == 61 and statuses.count("only_b") == 1
     assert {"fc1", "fc2"} <= {group["key"] for group in found.to_json()["modules"]}
-    page = render_page(found)
+    page = render_page(found).replace("<wbr>", "")
     assert "0 of 0" not in page and page.count("only in A") >= 61
     assert page.index("<code>model.norm.weight") < page.index("<code>model.vision_tower")
 
