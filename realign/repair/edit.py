@@ -75,6 +75,7 @@ class Layer:
         reference: We, a weight whose safety is stronger than the aligned one's.
         also: the weights of other fine-tunes that are fused with this one.
         lora: the factors of the fine-tune, where it is a LoRA adapter.
+        reference_lora: the factors of the reference, where it is a LoRA adapter.
         seed: of the run; randomised methods draw with `realign.subspace.keyed`.
         start: entries of the tensor before this chunk, in row-major order.
     """
@@ -90,6 +91,7 @@ class Layer:
     reference: Tensor | None = None
     also: tuple[Tensor, ...] = ()
     lora: LoraFactors | None = None
+    reference_lora: LoraFactors | None = None
     seed: int = 0
     start: int = 0
 

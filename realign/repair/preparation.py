@@ -154,7 +154,13 @@ class Workbench(Protocol):
         ...
 
     def input_moments(
-        self, *, role: str, data: Data, tokens: str, diagonal: bool = False
+        self,
+        *,
+        role: str,
+        data: Data,
+        tokens: str,
+        diagonal: bool = False,
+        limit: int | None = None,
     ) -> Statistics:
         """Return the moments of what every matrix is fed in the model `role`.
 
@@ -163,6 +169,7 @@ class Workbench(Protocol):
             data: the texts, teacher-forced.
             tokens: the positions that count.
             diagonal: only n, s1 and the diagonal of S2, as a vector.
+            limit: only this many texts, the first ones.
         """
         ...
 

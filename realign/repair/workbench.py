@@ -104,7 +104,13 @@ class ModelWorkbench:
         raise NotImplementedError
 
     def input_moments(
-        self, *, role: str, data: Data, tokens: str, diagonal: bool = False
+        self,
+        *,
+        role: str,
+        data: Data,
+        tokens: str,
+        diagonal: bool = False,
+        limit: int | None = None,
     ) -> Statistics:
         """Moments of what every matrix is fed."""
         raise NotImplementedError
