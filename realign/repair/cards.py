@@ -48,6 +48,8 @@ def render_card(method: type[Method]) -> str:
     ]
     if card.deviations:
         blocks.append("## Choices and deviations\n\n" + _bullets(card.deviations))
+    if card.defects:
+        blocks.append("## Known defects of public code that we avoid\n\n" + _bullets(card.defects))
     if card.cautions:
         blocks.append("## Cautions\n\n" + _bullets(card.cautions))
     blocks.append("What it does in the laboratory: [results](../results.md).")
@@ -56,7 +58,8 @@ def render_card(method: type[Method]) -> str:
 
 def _index(methods: Iterable[type[Method]]) -> str:
     rows = [
-        f"| [`{method.name}`]({method.name}.md) | {method.card.summary} | {method.card.inputs} |"
+        f"| [`{method.name}`]({method.name}.md) | {method.card.summary} | {method.card.inputs} "
+        f"| {edit_word(method)} | {method.cost_class} | {len(method.card.deviations)} |"
         for method in methods
     ]
     return "\n".join(
@@ -65,15 +68,24 @@ def _index(methods: Iterable[type[Method]]) -> str:
             "",
             "Pages made from the code by `realign/repair/cards.py`.",
             "",
-            "| method | what it does | inputs |",
-            "|---|---|---|",
+            "| method | what it does | inputs | edit | cost | deviations |",
+            "|---|---|---|---|---|---|",
             *rows,
+            "",
+            "Cost: the costliest step beside reading and writing. Deviations: how many; the page"
+            " names them.",
             "",
             "Every method has the strength t (`--strength`): W(t) = W_finetuned + t (W' -"
             " W_finetuned).",
             "",
         ]
     )
+
+
+def edit_word(method: type[Method]) -> str:
+    """Return the forms that the method's edits may have, as its card names them."""
+    forms = [form for form in ("low-rank", "dense") if form in method.card.edit_kind]
+    return " or ".join(forms)
 
 
 def _facts(method: type[Method]) -> str:
@@ -86,7 +98,7 @@ def _facts(method: type[Method]) -> str:
         ("safety vector of the source", VECTOR_WORDS[method.paper_vector]),
         ("touches", f"{card.touches} (scope `{method.default_scope}`)"),
         ("edit", card.edit_kind),
-        ("cost", card.cost),
+        ("cost", f"{card.cost} (class `{method.cost_class}`)"),
         ("strength", strength),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {text} |" for name, text in rows)])

@@ -46,6 +46,7 @@ class Card:
         cost: what one run costs.
         deviations: where we differ from the source, or had to choose.
         cautions: limits, and what to measure beside refusal.
+        defects: known errors of public code that we avoid, one sentence each.
     """
 
     title: str
@@ -59,6 +60,7 @@ class Card:
     cost: str
     deviations: tuple[str, ...] = ()
     cautions: tuple[str, ...] = ()
+    defects: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,8 @@ class Given:
     """Of the checkpoints beside the fine-tune."""
     adapter: bool = False
     """The fine-tune is a LoRA adapter whose factors are at hand."""
+    reference_adapter: bool = False
+    """So is the reference."""
     data: frozenset[str] = frozenset()
     """Of the texts."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from realign.repair.method import Method
+
+_WIDE = 110
+"""Columns from which on the list has room for what a method does."""
 
 EXAMPLES = (
     Example("realign methods", "the list, one line each"),
@@ -40,7 +44,7 @@ def methods(
     if name is None:
         classes = [find_method(each) for each in method_names()]
         sink.document([_facts(each) for each in classes])
-        sink.show(_list(classes))
+        sink.show(_list(classes, width=sink.out.width))
     else:
         method = find_method(name)
         sink.document(_facts(method))
@@ -49,9 +53,16 @@ def methods(
 
 
 def _facts(method: type[Method]) -> dict[str, Any]:
+    from realign.repair.cards import edit_word
+
     return {
         "name": method.name,
+        "paper": paper_of(method),
         "needs": sorted(method.needs),
+        "data": sorted(method.data),
+        "edit": edit_word(method),
+        "cost": method.cost_class,
+        "deviations": len(method.card.deviations),
         "safety_vector": method.paper_vector,
         "needs_anchors": method.needs_anchors,
         "scope": method.default_scope,
@@ -70,25 +81,46 @@ def _facts(method: type[Method]) -> dict[str, Any]:
     }
 
 
-def _list(classes: list[type[Method]]) -> RenderableType:
+def _list(classes: list[type[Method]], *, width: int) -> RenderableType:
+    """A row for each method; a narrow terminal has no room for what it does."""
+    from rich.text import Text
+
+    from realign.repair.cards import edit_word
     from realign.report.tables import plain_table
 
-    table = plain_table()
-    table.add_column("method", no_wrap=True)
-    table.add_column("needs")
-    table.add_column("what it does", ratio=1)
+    table = plain_table(left=("method", "paper", "needs", "edit", "cost"), right=("deviations",))
+    wide = width >= _WIDE
+    if wide:
+        table.add_column("what it does", ratio=1)
     for each in classes:
-        table.add_row(each.name, ", ".join(needs_in_words(each)), each.card.summary)
+        cells = (
+            each.name,
+            paper_of(each),
+            ", ".join(needs_in_words(each)) or "nothing",
+            edit_word(each),
+            each.cost_class,
+            str(len(each.card.deviations)),
+        )
+        table.add_row(*map(Text, cells), *([Text(each.card.summary)] if wide else []))
     return table
 
 
+def paper_of(method: type[Method]) -> str:
+    """Return the arXiv id of the method's source, "ours" where there is none."""
+    found = re.search(r"\d{4}\.\d{4,5}", method.card.source)
+    ours = method.card.source.startswith("ours")
+    return "ours" if ours or found is None else found.group()
+
+
 def needs_in_words(method: type[Method]) -> list[str]:
-    """Return what must be given beside the fine-tune."""
+    """Return what must be given beside the fine-tune: checkpoints, then texts."""
     needs: list[str] = sorted(method.needs)
     if method.paper_vector is not None:
         other = "base" if method.paper_vector == "unaligned" else "unaligned"
         needs.append(f"{method.paper_vector} (or {other})")
-    return needs
+    if method.needs_anchors:
+        needs.append("anchors")
+    return [*needs, *(f"{data} data" for data in sorted(method.data))]
 
 
 def _card(method: type[Method]) -> tuple[RenderableType, ...]:
@@ -127,7 +159,11 @@ def _card(method: type[Method]) -> tuple[RenderableType, ...]:
             Text(" ".join(each.description.replace("`", "").split())),
         )
     parts += ["", table]
-    for title, lines in (("deviations", card.deviations), ("cautions", card.cautions)):
+    for title, lines in (
+        ("deviations", card.deviations),
+        ("known defects of public code that we avoid", card.defects),
+        ("cautions", card.cautions),
+    ):
         if lines:
             parts += ["", Text(title, style="bold")]
             parts += [Padding(Text(f"- {' '.join(line.split())}"), (0, 0, 0, 2)) for line in lines]

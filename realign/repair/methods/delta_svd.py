@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
-from realign.repair.method import Card
+from realign.repair.method import Card, CostClass
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.methods.spectral import SpectralMethod
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
@@ -54,6 +54,7 @@ class DeltaSvd(SpectralMethod):
 
     name: ClassVar[str] = "delta_svd"
     card: ClassVar[Card] = CARD
+    cost_class: ClassVar[CostClass] = "decomposition"
     paper_vector: ClassVar[VectorKind | None] = "base"
 
     rank: int | str = parameter(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
-from realign.repair.method import Card, Method
+from realign.repair.method import Card, CostClass, Method
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.methods.scatter import output_spectrum
 from realign.repair.parameters import Choice, Either, Integer, Nothing, Real, parameter
@@ -69,6 +69,7 @@ class Lssf(Method):
 
     name: ClassVar[str] = "lssf"
     card: ClassVar[Card] = CARD
+    cost_class: ClassVar[CostClass] = "forward"
     paper_vector: ClassVar[VectorKind | None] = "unaligned"
     needs_anchors: ClassVar[bool] = True
 

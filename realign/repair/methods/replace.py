@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
-from realign.repair.method import Card
+from realign.repair.method import Card, CostClass
 from realign.repair.methods.ranks import choose_rank, spectrum_facts
 from realign.repair.methods.spectral import SpectralMethod
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
@@ -56,6 +56,7 @@ class Replace(SpectralMethod):
 
     name: ClassVar[str] = "replace"
     card: ClassVar[Card] = CARD
+    cost_class: ClassVar[CostClass] = "decomposition"
     paper_vector: ClassVar[VectorKind | None] = "base"
     max_strength: ClassVar[float] = 1.0  # beyond, the bound norm(W' - Wa) <= norm(Wf - Wa) is lost
 
