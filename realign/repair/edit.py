@@ -18,6 +18,10 @@ it does not have.
     tokens            token positions behind the activation statistics
     tokens_per_output tokens / d_out; below 1 the rank is limited by the anchors
     degenerate_cut    True: sigma_r and sigma_r+1 coincide, the kept subspace is not unique
+    r_align, r_ft     share of the norm of W_aligned - W_base, and of W_finetuned - W_base, in the
+                      kept output directions (LoX, arXiv 2506.15606)
+    cosine            of the task vector with its image under the alignment filter (Safe LoRA)
+    chance_cosine     that cosine for an update unrelated to alignment
 """
 
 from __future__ import annotations
@@ -74,7 +78,8 @@ class Layer:
         safety: Ws, the aligned weight after a fine-tune on safe data.
         reference: We, a weight whose safety is stronger than the aligned one's.
         also: the weights of other fine-tunes that are fused with this one.
-        lora: the factors of the fine-tune, where it is a LoRA adapter.
+        lora: the factors of the fine-tune, where it is a LoRA adapter over the aligned weights.
+        safety_lora: the factors of Ws, where that is one.
         reference_lora: the factors of the reference, where it is a LoRA adapter.
         seed: of the run; randomised methods draw with `realign.subspace.keyed`.
         start: entries of the tensor before this chunk, in row-major order.
@@ -91,6 +96,7 @@ class Layer:
     reference: Tensor | None = None
     also: tuple[Tensor, ...] = ()
     lora: LoraFactors | None = None
+    safety_lora: LoraFactors | None = None
     reference_lora: LoraFactors | None = None
     seed: int = 0
     start: int = 0
