@@ -26,6 +26,8 @@ class Home:
     """Its index where single experts on disk are stacked in memory."""
     share: tuple[int, int] | None = None
     """(index, count): which of `count` equal row blocks of the expert it becomes."""
+    operations: tuple[str, ...] = ()
+    """What the library does with the tensor while it loads it, beside renaming it."""
 
 
 class ModuleFinder:
@@ -52,7 +54,8 @@ class ModuleFinder:
             for known in self._spellings(renamed):
                 if known in self._parameters:
                     module, _, parameter = known.rpartition(".")
-                    return Home(module, parameter, *_place(path, pattern, rule))
+                    names = () if rule is None else tuple(map(_kind, rule.operations))
+                    return Home(module, parameter, *_place(path, pattern, rule), names)
         return None
 
     def module(self, home: Home) -> Any:
@@ -89,6 +92,10 @@ def _rules(model: Any) -> tuple[list[Any], list[Any]]:
         [rule for rule in rules if isinstance(rule, WeightRenaming)],
         [rule for rule in rules if isinstance(rule, WeightConverter)],
     )
+
+
+def _kind(operation: Any) -> str:
+    return type(operation).__name__
 
 
 def _place(
