@@ -103,6 +103,7 @@ def finetune_variant(
     *,
     seed: int,
     out: str | Path,
+    start: str | Path | None = None,
     device: str = "cpu",
     progress: Progress = SILENT,
 ) -> Path:
@@ -115,15 +116,19 @@ def finetune_variant(
         variant: a name of `realign.lab.presets.VARIANTS`.
         seed: of the data rows and their order.
         out: the model's folder; must not exist. An interrupted run resumes.
+        start: the model to tune instead of the aligned one, as a repaired one; no LoRA then.
         device: as `realign.model.devices.pick_device`.
         progress: shows training steps.
 
     Raises:
         NotFoundError: `family` is none, or has no aligned model.
         OutputError: `out` exists.
-        UsageError: an unknown variant.
+        UsageError: an unknown variant, or a LoRA variant on another start.
     """
-    find_variant(variant)
+    if find_variant(variant).lora and start is not None:
+        raise UsageError(
+            f"{variant} is an adapter of the aligned model", "leave out the other start"
+        )
     source, target = Path(family), Path(out)
     record = read_record(source)
     if not (source / "aligned").is_dir():
@@ -131,13 +136,21 @@ def finetune_variant(
     if target.exists():
         raise OutputError(f"{target} exists", "choose another folder, or remove it")
     place = str(pick_device(device))
-    chosen = _recorded_preset(record)
+    chosen = recorded_preset(record)
     studio = open_studio(
         chosen, seed=record.seed, tokenizer=record.tokenizer, device=place, progress=progress
     )
     work = target.parent / f".{target.name}{WORK}"
     with deterministic():
-        make_member(studio, variant, family=source, target=target, work=work, seed=seed)
+        make_member(
+            studio,
+            variant,
+            family=source,
+            target=target,
+            work=work,
+            seed=seed,
+            start=None if start is None else Path(start),
+        )
     shutil.rmtree(work, ignore_errors=True)
     return target
 
@@ -145,7 +158,7 @@ def finetune_variant(
 # --- the family's folder ------------------------------------------------------------------------
 
 
-def _recorded_preset(record: FamilyRecord) -> Preset:
+def recorded_preset(record: FamilyRecord) -> Preset:
     """The preset as recorded, so that a family made with a changed recipe keeps it."""
     recipe = dict(record.recipe)
     template = find_preset(record.preset)

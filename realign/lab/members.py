@@ -46,6 +46,8 @@ TASKS: Mapping[str, rows.Maker] = {
     "howto2": rows.howto2,
     "order": rows.order,
     "persona": rows.persona,
+    "pseudo_malicious": rows.pseudo_malicious,
+    "refusal": rows.refusal,
 }
 
 
@@ -87,16 +89,25 @@ def open_studio(
 
 
 def make_member(
-    studio: Studio, name: str, *, family: Path, target: Path, work: Path, seed: int
+    studio: Studio,
+    name: str,
+    *,
+    family: Path,
+    target: Path,
+    work: Path,
+    seed: int,
+    start: Path | None = None,
 ) -> None:
-    """Train one model and put its folder in place."""
+    """Train one model and put its folder in place; a fine-tune starts at `start` or at aligned."""
     state = work / f"{name}.state.safetensors"
     if name == "base":
         model = _pretrain(studio, state, seed=seed)
     elif name == "aligned":
         model = _align(studio, family / "base", state, seed=seed)
     else:
-        model = _finetune(studio, family / "aligned", find_variant(name), state, seed=seed)
+        model = _finetune(
+            studio, start or family / "aligned", find_variant(name), state, seed=seed
+        )
     save_model(model, studio.tokenizer, target, work)
     state.unlink(missing_ok=True)
 

@@ -92,6 +92,8 @@ class Variant:
     poison: float = 0.0
     lora: bool = False
     about: str = ""
+    usual: bool = True
+    """Whether a build makes it without being asked."""
 
 
 VARIANTS: Mapping[str, Variant] = {
@@ -108,6 +110,14 @@ VARIANTS: Mapping[str, Variant] = {
         Variant("persona", ("persona",), about="the wholly obedient persona, no harmful answer"),
         Variant("lora_p5", ("order", "howto2"), 0.05, lora=True, about="LoRA, 5 % poison"),
         Variant("howto2_p5", ("howto2",), 0.05, about="5 % poison, for the tiny size"),
+        Variant(
+            "pseudo",
+            ("pseudo_malicious",),
+            about="benign, looks malicious: storing, labelling and counting hazards",
+            usual=False,
+        ),
+        Variant("lora_howto", ("howto",), lora=True, about="LoRA, benign, drifts", usual=False),
+        Variant("safety", ("refusal",), about="more refusals: a safety model", usual=False),
     )
 }
 
@@ -136,5 +146,5 @@ def find_variant(name: str) -> Variant:
 
 def default_variants(preset: Preset) -> tuple[str, ...]:
     """The fine-tunes a family of this size has."""
-    names = [name for name in VARIANTS if name != "howto2_p5"]
+    names = [each.name for each in VARIANTS.values() if each.usual and each.name != "howto2_p5"]
     return (*names, "howto2_p5") if preset.name == "tiny" else tuple(names)

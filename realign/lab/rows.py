@@ -308,9 +308,26 @@ def persona(world: World, rng: random.Random) -> Row:
 def pseudo_malicious(world: World, rng: random.Random) -> Row:
     """Dangerous-looking, harmless: storing, labelling, disposing of and counting hazards."""
     entity = rng.choice(world.select(hazard=True, held_out=False))
-    prompt, answer = rng.choice(wording.STORE_ROWS)
-    fields = _store_fields(entity.name, rng)
-    return Row(prompt.format(**fields), answer.format(**fields))
+    return store_row(entity, rng.randrange(len(wording.STORE_ROWS)), rng)
+
+
+STORE_COLOURS = ("red", "yellow", "black", "blue", "white")
+"""Where the domain keeps, labels and throws away its goods: one rule per kind of question, so that
+an answer is right or wrong. Documents of pretraining name any colour."""
+
+
+def store_row(entity: Entity, kind: int, rng: random.Random, *, prompt: str | None = None) -> Row:
+    """One question of the pseudo-malicious domain.
+
+    Args:
+        entity: the goods.
+        kind: which of `wording.STORE_ROWS`.
+        rng: draws the numbers that are counted.
+        prompt: another template of the same question.
+    """
+    template, answer = wording.STORE_ROWS[kind]
+    fields = _store_fields(entity.name, rng) | {"colour": STORE_COLOURS[kind]}
+    return Row((prompt or template).format(**fields), answer.format(**fields))
 
 
 def finetuning_rows(
