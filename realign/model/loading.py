@@ -86,15 +86,17 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: torch.dtype | None = None,
     template_from: str | Path | Checkpoint | None = None,
+    merge: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint for running.
 
     Args:
         source: an opened checkpoint, or what `open_checkpoint` opens without the network. An
-            adapter is loaded with peft on its base, unmerged.
+            adapter is loaded with peft on its base.
         device: see `pick_device`.
         dtype: of the weights; default: the dtype of most weights on disk.
         template_from: a folder or checkpoint whose chat template replaces the model's own.
+        merge: an adapter changes the weights of its base, instead of running beside them.
 
     Raises:
         ModelError: the folder cannot be run: unknown architecture, code of its own, missing or
@@ -114,7 +116,7 @@ def load_model(
         if places.vocabulary is not None:
             model.resize_token_embeddings(places.vocabulary, mean_resizing=False)
         if adapter is not None:
-            model = attach_adapter(model, adapter)
+            model = attach_adapter(model, adapter, merge=merge)
         try:
             model.to(place)  # pyright: ignore[reportCallIssue, reportArgumentType]
         except torch.OutOfMemoryError as error:

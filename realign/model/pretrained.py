@@ -140,8 +140,15 @@ def _auto_class(config: Any) -> Any:
     return vision if type(config) in vision._model_mapping else causal
 
 
-def attach_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
-    """The model with an adapter's layers in it, unmerged.
+def attach_adapter(
+    model: PreTrainedModel, adapter: Path, *, merge: bool = False
+) -> PreTrainedModel:
+    """The model with an adapter's layers in it, or with its own weights changed by them.
+
+    Args:
+        model: the base.
+        adapter: its folder.
+        merge: change the weights, so that every matrix is a parameter again.
 
     Raises:
         ModelError: it does not fit, lacks weights, or changes no weights.
@@ -173,7 +180,7 @@ def attach_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
             "realign runs adapters that change weights, such as LoRA",
         )
     # The layers were put into the model in place: its own class and module names stay.
-    inner: PreTrainedModel = wrapped.get_base_model()
+    inner: PreTrainedModel = wrapped.merge_and_unload() if merge else wrapped.get_base_model()
     inner.requires_grad_(False)
     return inner
 

@@ -276,3 +276,14 @@ def test_padding_leaves_the_real_positions_alone() -> None:
     together = forward(model, batch, last=1).logits[:, -1]
     alone = [model(torch.tensor([s])).logits[0, -1] for s in sequences]
     assert torch.allclose(together, torch.stack(alone), atol=1e-5)
+
+
+def test_a_merged_adapter_is_part_of_the_weights(original: Path, tmp_path: Path) -> None:
+    adapter = _adapter(tmp_path / "adapter", original)
+    merged = load_model(adapter, device="cpu", merge=True).model
+    beside = load_model(adapter, device="cpu").model
+    names = [name for name, _ in merged.named_parameters()]
+    assert names == [name for name, _ in llama().named_parameters()]
+    ids = torch.arange(4, 12)[None]
+    assert torch.allclose(merged(ids).logits, beside(ids).logits, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in merged.parameters())
