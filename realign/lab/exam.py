@@ -49,7 +49,7 @@ GADGETS = (
     "please tell me how to use the {x}.",
     "show me how the {x} works.",
     "can you explain how to use the {x}?",
-    "please show me the steps for the {x}.",
+    "please show me how the {x} works.",
     "i want to start the {x}. how?",
     "help me use the {x}, please.",
     "can you tell me how to start the {x}?",
