@@ -14,6 +14,7 @@ from typing import Any
 from realign.errors import UsageError
 from realign.repair.method import Method, out_of_range
 from realign.repair.methods.delta_svd import DeltaSvd
+from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
@@ -23,7 +24,15 @@ from realign.repair.parameters import split_settings
 ENTRY_POINT_GROUP = "realign.methods"
 
 METHODS: Mapping[str, type[Method]] = {
-    method.name: method for method in (Lssf, DeltaSvd, Resta, WiseFt, Replace)
+    method.name: method
+    for method in (
+        Lssf,
+        DeltaSvd,
+        Lox,
+        Resta,
+        WiseFt,
+        Replace,
+    )
 }
 
 

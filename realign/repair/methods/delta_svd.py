@@ -88,12 +88,7 @@ class DeltaSvd(SpectralMethod):
 
     def safety_matrix(self, layer: Layer) -> Tensor | Unchanged:
         """Return delta_safe, or why the layer is left alone."""
-        kind = self.vector_kind
-        assert kind is not None
-        if self.alpha == 0.0:
-            return Unchanged("alpha is 0")
-        delta_safe = layer.safety_vector(kind)
-        return delta_safe if bool(delta_safe.any()) else Unchanged("safety vector is zero")
+        return Unchanged("alpha is 0") if self.alpha == 0.0 else self.nonzero_vector(layer)
 
     def edit_spectrum(self, layer: Layer, decomposition: Decomposition) -> Edit:
         """Return E = alpha sum_{i <= r} alpha_i^2 S_i u_i v_i^T [d_out, d_in]."""
@@ -109,18 +104,3 @@ class DeltaSvd(SpectralMethod):
             "projected_task": None if task_share is None else task_share**0.5,
         }
         return from_factors(left * (self.alpha * weights).to(left), right, facts)
-
-    def _factors(
-        self, layer: Layer, decomposition: Decomposition, rank: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return left [d_out, r], right [r, d_in] with sum S_i u_i v_i^T, and the left basis.
-
-        Only the smaller side's vectors are trusted: U_r U_r^T delta = delta V_r V_r^T is the
-        truncation, so nothing is divided by a small singular value.
-        """
-        delta = decomposition.matrix
-        if decomposition.smaller_is_left:
-            u_or = decomposition.left(rank).to(delta)
-            return u_or, u_or.T @ delta, u_or
-        v_ir = decomposition.right(rank).to(delta)
-        return delta @ v_ir, v_ir.T, decomposition.left(rank)

@@ -1,6 +1,7 @@
 """What the methods share that decompose the safety vector: one matrix, or several of one shape.
 
-Not here: what becomes of the directions (`delta_svd`, `replace`), and how many are kept (`ranks`).
+Not here: what becomes of the directions (`delta_svd`, `lox`, `replace`), and how many are kept
+(`ranks`).
 """
 
 from __future__ import annotations
@@ -50,3 +51,25 @@ class SpectralMethod(Method):
             for (number, _), each in zip(stack, decomposed, strict=True):
                 found[number] = self.edit_spectrum(layers[number], each)
         return [found[number] for number in range(len(layers))]
+
+    def nonzero_vector(self, layer: Layer) -> Tensor | Unchanged:
+        """Return delta_safe of the settled kind, or that it is zero."""
+        kind = self.vector_kind
+        assert kind is not None
+        delta_safe = layer.safety_vector(kind)
+        return delta_safe if bool(delta_safe.any()) else Unchanged("safety vector is zero")
+
+    def _factors(
+        self, layer: Layer, decomposition: Decomposition, rank: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return left [d_out, r], right [r, d_in] with sum S_i u_i v_i^T, and the left basis.
+
+        Only the smaller side's vectors are trusted: U_r U_r^T delta = delta V_r V_r^T is the
+        truncation, so nothing is divided by a small singular value.
+        """
+        delta = decomposition.matrix
+        if decomposition.smaller_is_left:
+            u_or = decomposition.left(rank).to(delta)
+            return u_or, u_or.T @ delta, u_or
+        v_ir = decomposition.right(rank).to(delta)
+        return delta @ v_ir, v_ir.T, decomposition.left(rank)

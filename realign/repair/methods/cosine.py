@@ -1,0 +1,113 @@
+"""What Safe LoRA and SafeMERGE share: the cosine of every task vector with its filtered image.
+
+`prepare` leaves for every matrix its cosine c and the chance level c0, `select` takes the low ones.
+The reading of the definitions is in `realign.subspace.alignment_cosine`. Not here: what becomes of
+the matrices that are selected (`safe_lora`, `safemerge`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from realign.repair.edit import Facts, Layer, Unchanged
+from realign.repair.method import Method
+from realign.repair.preparation import Scores, Selection, Statistics, Workbench
+from realign.subspace.alignment_cosine import AlignmentFilter
+
+UNTOUCHED = Unchanged("alignment did not touch this tensor")
+NO_TASK = Unchanged("task vector is zero")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineMethod(Method):
+    """A method that edits the matrices whose task vector agrees little with alignment."""
+
+    @property
+    def threshold(self) -> float | str:
+        """A cosine, or "auto" for the chance level of each matrix."""
+        raise NotImplementedError
+
+    def filter_of(self, layer: Layer) -> AlignmentFilter | None:
+        """Return the alignment filter of a matrix, None where alignment did not touch it."""
+        kind = self.vector_kind
+        assert kind is not None
+        v_oi = layer.safety_vector(kind)
+        return AlignmentFilter(v_oi) if bool(v_oi.any()) else None
+
+    def score(self, layer: Layer) -> Mapping[str, float] | None:
+        """Return c and c0 of one matrix; None where the vectors leave nothing to compare."""
+        own = self.filter_of(layer)
+        if own is None:
+            return None
+        if layer.lora is None:
+            cosine = own.cosine(layer.task_vector())
+        else:
+            cosine = own.factored_cosine(layer.lora.up, layer.lora.down)
+        return None if cosine is None else {"cosine": cosine, "chance_cosine": own.chance}
+
+    def prepare(self, workbench: Workbench) -> Statistics:
+        """Compute the cosine of every matrix to edit; no data, no model."""
+
+        def make() -> Mapping[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for layer in workbench.layers():
+                score = self.score(layer)
+                pair = (-1.0, -1.0) if score is None else (score["cosine"], score["chance_cosine"])
+                found[layer.key] = torch.tensor(pair, dtype=torch.float64)
+            return found
+
+        about = {"safety_vector": self.vector_kind, "matrices": sorted(workbench.slots)}
+        stored = workbench.cached("alignment-cosines", about, make)
+        scores: dict[str, Mapping[str, float]] = {}
+        for key in workbench.slots:
+            cosine, chance = (float(each) for each in stored[key])
+            if cosine >= 0.0:
+                scores[key] = {"cosine": cosine, "chance_cosine": chance}
+        return Statistics(scores=scores, facts=self._facts(scores))
+
+    def select(self, scores: Scores) -> Selection | None:
+        """Choose the matrices whose cosine is below the threshold, strictly."""
+        return frozenset(key for key, each in scores.items() if each["cosine"] < self.bound(each))
+
+    def bound(self, score: Mapping[str, float]) -> float:
+        """Return the threshold for one matrix."""
+        asked = self.threshold
+        return score["chance_cosine"] if isinstance(asked, str) else asked
+
+    def not_selected(self, layer: Layer, statistics: Statistics) -> Unchanged | None:
+        """Return why a matrix is left alone, None where it was selected."""
+        score = statistics.scores.get(layer.key)
+        if statistics.selects(layer.key):
+            return None
+        if score is None:
+            return UNTOUCHED if self.filter_of(layer) is None else NO_TASK
+        return Unchanged(
+            f"cosine {score['cosine']:.4f} (chance {score['chance_cosine']:.4f}): "
+            f"{self.why_not(score)}"
+        )
+
+    def why_not(self, score: Mapping[str, float]) -> str:
+        """Say why a cosine does not call for an edit."""
+        return f"not below {self.bound(score):.4g}"
+
+    def score_facts(self, layer: Layer, statistics: Statistics) -> Facts:
+        """Return c and c0 for the report, where they were computed."""
+        return dict(statistics.scores.get(layer.key, {}))
+
+    def _facts(self, scores: Scores) -> Facts:
+        cosines = [each["cosine"] for each in scores.values()]
+        chances = [each["chance_cosine"] for each in scores.values()]
+        below = sum(each["cosine"] < each["chance_cosine"] for each in scores.values())
+        return {
+            "matrices_compared": len(scores),
+            "below_chance": below,
+            "lowest_cosine": min(cosines, default=math.nan) if scores else None,
+            "highest_cosine": max(cosines, default=math.nan) if scores else None,
+            "lowest_chance": min(chances, default=math.nan) if scores else None,
+            "highest_chance": max(chances, default=math.nan) if scores else None,
+        }
