@@ -106,6 +106,25 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Flag:
+    """Yes or no, spelled "true" or "false"."""
+
+    def parse(self, text: str) -> Value:
+        """Return the bool; raises ValueError."""
+        if text.lower() not in ("true", "false"):
+            raise ValueError(text)
+        return text.lower() == "true"
+
+    def admits(self, value: object) -> bool:
+        """Whether `value` is a bool."""
+        return isinstance(value, bool)
+
+    def describe(self) -> str:
+        """Name both."""
+        return "`true` or `false`"
+
+
+@dataclass(frozen=True)
 class Nothing:
     """The value None, spelled "none"."""
 
