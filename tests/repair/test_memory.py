@@ -11,6 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from realign.repair.flow import admission_cost
+from realign.repair.plan import plan_repair
+from realign.repair.request import RepairRequest, open_inputs
+from realign.repair.stream import cut_tensor
+
 LAYERS, WIDTH, ROWS, VOCABULARY = 12, 1024, 512, 64_000
 
 SCRIPT = """
@@ -105,3 +110,22 @@ def test_large_experts_of_a_stack_do_not_count(tmp_path: Path) -> None:
     found = _measure(tmp_path, "wise_ft")
     grown = found["after"] - found["before"]
     assert grown < 90 * 2**20, f"{grown / 2**20:.0f} MiB"
+
+
+def test_copies_do_not_pile_up_behind_a_matrix(family: Path) -> None:
+    request = RepairRequest(
+        finetuned=family / "finetuned",
+        aligned=family / "aligned",
+        base=family / "base",
+        method="delta_svd",
+    )
+    with open_inputs(request) as inputs:
+        plan = plan_repair(request, inputs)
+        cuts = [cut for pair in plan.matching.pairs for cut in cut_tensor(pair, plan, inputs)]
+    matrix = max(cut.cost for cut in cuts if cut.slots)
+    copies = [cut for cut in cuts if not cut.edit]
+    budget = 64 * matrix  # as if many were under way; a copy is small beside that
+    assert sum(cut.cost for cut in copies[:40]) < budget, "all of them would fit"
+    counted = [admission_cost(cut, budget) for cut in copies]
+    assert all(budget // 17 < cost <= budget // 16 for cost in counted)
+    assert all(admission_cost(cut, budget) == cut.cost for cut in cuts if cut.slots)
