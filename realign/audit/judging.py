@@ -93,7 +93,8 @@ def judge_all(state: AuditState) -> Judged:
     return judged
 
 
-def _response_judge(suite: Suite, name: str) -> tuple[ResponseJudge, JudgeKind, str]:
+def response_judge(suite: Suite, name: str) -> tuple[ResponseJudge, JudgeKind, str]:
+    """A judge of answers to a suite, its kind and its hash."""
     if name == "oracle":
         oracle = oracle_judge(suite)
         return oracle, "exact", oracle.judge_hash
@@ -108,7 +109,7 @@ def _response_judge(suite: Suite, name: str) -> tuple[ResponseJudge, JudgeKind, 
 def _judge_answers(
     state: AuditState, suite: Suite, name: str, judged: Judged
 ) -> tuple[Instrument, dict[Role, tuple[JudgeResult, ...]]]:
-    judge, kind, digest = _response_judge(suite, name)
+    judge, kind, digest = response_judge(suite, name)
     instrument = Instrument(
         suite=suite,
         generation=state.prepared.request.generation_of(suite),
@@ -154,7 +155,7 @@ def _threshold(state: AuditState) -> Threshold | str:
         if suite.kind == "task" or suite.name not in reference.responses:
             continue
         name = "oracle" if suite.rule is not None else "keyword"
-        judge, _, _ = _response_judge(suite, name)
+        judge, _, _ = response_judge(suite, name)
         results = judge_responses(suite, reference.responses[suite.name], judge=judge)
         known = reference.logodds.get(suite.name, {})
         for item, result in zip(suite.items, results, strict=True):
