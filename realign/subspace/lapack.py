@@ -174,6 +174,27 @@ def pivoted_cholesky(c_nn: Tensor) -> tuple[Tensor, Tensor, int]:
     return c_nn, pivots.to(torch.int64) - 1, int(rank[0])
 
 
+def invert_cholesky(c_nn: Tensor) -> bool:
+    """Factor a positive definite C = L L^T, L lower triangular, and leave L^-1 in its place.
+
+    Args:
+        c_nn: [n, n] float64, contiguous; here the *lower* triangle is read and overwritten, the
+            entries above the diagonal are left as they are.
+
+    Returns:
+        False where C is not positive definite; the lower triangle is then spoilt.
+    """
+    n = c_nn.shape[0]
+    _require_shape(c_nn, n, n)
+    if not n:
+        return True
+    # To LAPACK, whose columns are our rows, this is the upper triangle of C = R^T R, R = L^T.
+    if _status("dpotrf", "U", n, c_nn, n) > 0:
+        return False
+    _lapack("dtrtri", "U", "N", n, c_nn, n)
+    return True
+
+
 def _lapack(name: str, *arguments: Argument, fine: tuple[int, ...] = (0,)) -> None:
     status = _status(name, *arguments)
     if status not in fine:
