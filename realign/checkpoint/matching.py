@@ -79,6 +79,8 @@ class TensorPair:
     """The logical matrices of an edited tensor; empty for a copied one."""
     common_rows: int | None
     """Rows that all checkpoints share where the vocabulary was extended; None: all of them."""
+    partial: bool = False
+    """Some of the matrices in it were left out and are copied."""
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,14 @@ from torch import Tensor
 from realign.checkpoint.slots import Slot, logical_matrix
 from realign.errors import ModelError
 from realign.repair.apply import CHUNK_ELEMENTS, Effect, apply_edit, row_chunks, unchanged_effect
-from realign.repair.edit import Dense, Edit, Layer, LowRank, Unchanged
+from realign.repair.edit import Dense, Edit, LowRank, Unchanged
 from realign.repair.entries import EntryWork
 from realign.repair.lanes import Lane, Lanes
+from realign.repair.layers import LayerMaker, entries_before
 from realign.repair.plan import Plan
 from realign.repair.preparation import Statistics
 from realign.repair.record import TensorRow, edited_row
+from realign.repair.request import Inputs
 from realign.repair.stream import Cut, Piece
 from realign.repair.verify import check_input, check_output
 from realign.subspace.eigen import decomposing
@@ -64,26 +66,36 @@ class _Matrix:
 class Editor:
     """Applies a method to pieces and checks what came of it; safe to call from several threads."""
 
-    def __init__(self, plan: Plan, statistics: Statistics, *, batch: int = 1) -> None:
+    def __init__(
+        self,
+        plan: Plan,
+        statistics: Statistics,
+        *,
+        batch: int = 1,
+        inputs: Inputs | None = None,
+    ) -> None:
         """Open nothing yet.
 
         Args:
             plan: what is done.
             statistics: what the method learned from a running model.
             batch: how many matrices of one shape are given to the method at once.
+            inputs: the open checkpoints, for LoRA factors; None: no layer has them.
         """
         self._plan = plan
         self._batch = batch
+        self._layers = LayerMaker(plan, inputs)
         self._statistics = statistics
         # Element-wise work stays on the CPU: over PCIe (25 GB/s each way at best) moving three
         # tensors there and one back takes longer than the 5 GB/s per core that it runs at here.
         device = torch.device("cpu" if plan.method.elementwise else plan.device)
         self._lanes = Lanes(device)
         linear = plan.method.linear_edit() if plan.method.elementwise else None
-        self._entries = None
+        self._entries: dict[float, EntryWork] = {}
         if linear is not None:
             vector = plan.method.vector_kind
-            self._entries = EntryWork(linear, vector=vector, strength=plan.strength)
+            for strength in {plan.strength, *plan.strengths.values()}:
+                self._entries[strength] = EntryWork(linear, vector=vector, strength=strength)
 
     def edit(self, pieces: Sequence[Piece]) -> list[EditedPiece]:
         """Edit pieces that came together, or pass their copies through.
@@ -105,8 +117,9 @@ class Editor:
 
     def _edit_rows(self, piece: Piece) -> EditedPiece:
         cut = piece.cut
-        if cut.edit and self._entries is not None and self._entries.fits(piece.tensors):
-            stored, edit, effect = self._entries.edit(piece.tensors)
+        entries = self._entries.get(self._plan.strength_of(cut.pair.role.layer))
+        if cut.edit and entries is not None and entries.fits(piece.tensors):
+            stored, edit, effect = entries.edit(piece.tensors)
             if effect.is_finite:  # then so is all that was read and written: no pass of its own
                 return EditedPiece(cut, stored, share=(edit, effect))
         self._check_read(piece)
@@ -129,6 +142,9 @@ class Editor:
 
     def _edit_matrices(self, pieces: Sequence[Piece]) -> list[EditedPiece]:
         stored = [torch.empty_like(piece.tensors["finetuned"]) for piece in pieces]
+        for piece, rows in zip(pieces, stored, strict=True):
+            if piece.cut.pair.partial:  # what lies between the matrices stays
+                rows.copy_(piece.tensors["finetuned"])
         done: list[list[EditedMatrix]] = [[] for _ in pieces]
         places = [(at, slot) for at, piece in enumerate(pieces) for slot in piece.cut.slots]
         for group in self._groups(places, pieces):
@@ -176,7 +192,7 @@ class Editor:
     def _edit_group(self, matrices: Sequence[_Matrix], lane: Lane) -> list[tuple[Edit, Effect]]:
         there = [lane.up(each.views) for each in matrices]
         layers = [
-            self._layer(each.slot.key, each.slot.module, each.slot.layer, tensors)
+            self._layers.matrix(each.slot, tensors)
             for each, tensors in zip(matrices, there, strict=True)
         ]
         method = self._plan.method
@@ -186,7 +202,7 @@ class Editor:
             edits = method.edit_batch(layers, self._statistics)
         found: list[tuple[Edit, Effect]] = []
         for each, tensors, edit in zip(matrices, there, edits, strict=True):
-            result, effect = self._apply(edit, tensors)
+            result, effect = self._apply(edit, tensors, layer=each.slot.layer)
             lane.down(result, each.target)
             found.append((edit, effect))
         return found
@@ -197,41 +213,34 @@ class Editor:
         finetuned = piece.tensors["finetuned"]
         stored = torch.empty_like(finetuned)
         tally = Tally()
+        within = piece.cut.chunk.within if piece.cut.chunk is not None else None
+        before = entries_before(piece.cut.shape, piece.cut.start, within[0] if within else 0)
+        width = finetuned.numel() // max(1, finetuned.shape[0] if finetuned.dim() else 1)
         for start, stop in row_chunks(tuple(finetuned.shape), CHUNK_ELEMENTS):
             rows = {label: tensor[start:stop] for label, tensor in piece.tensors.items()}
-            layer = self._layer(role.name, role.module, role.layer, rows)
+            layer = self._layers.entries(
+                role.name, role.module, role.layer, rows, start=before + start * width
+            )
             edit = self._plan.method.edit(layer, self._statistics)
-            stored[start:stop], effect = self._apply(edit, rows)
+            stored[start:stop], effect = self._apply(edit, rows, layer=role.layer)
             tally.add(edit, effect)
         return EditedPiece(piece.cut, stored, share=(tally.edit(), tally.effect))
 
-    def _apply(self, edit: Edit, matrices: Mapping[str, Tensor]) -> tuple[Tensor, Effect]:
+    def _apply(
+        self, edit: Edit, matrices: Mapping[str, Tensor], *, layer: int | None
+    ) -> tuple[Tensor, Effect]:
         kind = self._plan.method.vector_kind
         finetuned, aligned = matrices["finetuned"], matrices.get("aligned")
         other = None if kind is None else matrices.get(kind)
         if isinstance(edit, Unchanged):
             return finetuned, unchanged_effect(finetuned, aligned=aligned, other=other)
-        return apply_edit(
-            finetuned, edit, strength=self._plan.strength, aligned=aligned, other=other
-        )
-
-    def _layer(
-        self, key: str, module: str, layer: int | None, matrices: Mapping[str, Tensor]
-    ) -> Layer:
-        return Layer(
-            key=key,
-            module=module,
-            layer=layer,
-            finetuned=matrices["finetuned"],
-            aligned=matrices.get("aligned"),
-            base=matrices.get("base"),
-            unaligned=matrices.get("unaligned"),
-            seed=self._plan.seed,
-        )
+        strength = self._plan.strength_of(layer)
+        return apply_edit(finetuned, edit, strength=strength, aligned=aligned, other=other)
 
     def row(self, cut: Cut, edit: Edit, effect: Effect, *, key: str, module: str) -> TensorRow:
         """What the report says of a matrix, or of a tensor that was edited entry by entry."""
         tensor, layer = cut.pair.role.name, cut.pair.role.layer
+        scores = dict(self._statistics.scores.get(key, {}))
         if isinstance(edit, Unchanged):
             return TensorRow(
                 key=key,
@@ -241,6 +250,7 @@ class Editor:
                 outcome="unchanged",
                 reason=edit.reason,
                 numel=effect.numel,
+                facts=scores,
             )
         return edited_row(
             key=key,
@@ -248,9 +258,9 @@ class Editor:
             module=module,
             layer=layer,
             edit="low-rank" if isinstance(edit, LowRank) else "dense",
-            strength=self._plan.strength,
+            strength=self._plan.strength_of(layer),
             effect=effect,
-            facts=edit.facts,
+            facts={**scores, **edit.facts},
         )
 
 

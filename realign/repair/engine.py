@@ -14,9 +14,9 @@ Here: the order of things. Not here: what a method computes (`methods`), how pie
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from realign.audit.canonical import sha256_json
 from realign.checkpoint.headers import DTYPES
@@ -26,9 +26,10 @@ from realign.errors import UsageError
 from realign.progress import SILENT, Progress
 from realign.repair.cache import hash_store
 from realign.repair.flow import Flow
+from realign.repair.layers import WeightsWorkbench
 from realign.repair.patch import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Patch, build_patch
 from realign.repair.plan import Plan, plan_repair
-from realign.repair.preparation import NO_STATISTICS, Statistics
+from realign.repair.preparation import NO_STATISTICS, Statistics, Workbench
 from realign.repair.record import TensorRow, Totals, build_manifest, remarks, totals_of
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 from realign.repair.sources import Sources
@@ -112,7 +113,7 @@ def repair(
         read = {role: inputs.all()[role] for role in plan.inputs}
         sources = Sources(read, store=hash_store(request.cache_dir))
         try:
-            statistics = _prepare(request, plan, inputs, progress)
+            statistics = prepare_statistics(request, plan, inputs, progress=progress)
             run = _Run(
                 request,
                 plan,
@@ -130,12 +131,27 @@ def repair(
             raise
 
 
-def _prepare(request: RepairRequest, plan: Plan, inputs: Inputs, progress: Progress) -> Statistics:
-    if plan.anchors is None:
+def prepare_statistics(
+    request: RepairRequest, plan: Plan, inputs: Inputs, *, progress: Progress = SILENT
+) -> Statistics:
+    """Let the method collect what it needs, and choose matrices by it.
+
+    Raises:
+        ModelError, SuiteError: a model that is needed cannot be run, or knows too little.
+    """
+    method = plan.method
+    if not method.prepares():
         return NO_STATISTICS
+    statistics = method.prepare(_workbench(request, plan, inputs, progress))
+    return replace(statistics, selection=method.select(statistics.scores))
+
+
+def _workbench(request: RepairRequest, plan: Plan, inputs: Inputs, progress: Progress) -> Workbench:
+    if plan.method.reads_weights_only():
+        return cast(Workbench, WeightsWorkbench(plan, inputs, progress=progress))
     from realign.repair.workbench import ModelWorkbench  # heavy: it can run models
 
-    return plan.method.prepare(ModelWorkbench(request, plan, inputs, progress=progress))
+    return ModelWorkbench(request, plan, inputs, progress=progress)
 
 
 def _repair_to_checkpoint(run: _Run) -> RepairResult:
@@ -154,7 +170,8 @@ def _repair_to_patch(run: _Run) -> RepairResult:
         rows, factors = _flow(run).collect_factors()
         check_complete(planned_keys(plan), rows)
         check_changed(rows, patch=True)
-        patch = build_patch(factors, run.inputs.finetuned, strength=plan.strength)
+        strength = 1.0 if plan.strengths else plan.strength  # then it is in the factors
+        patch = build_patch(factors, run.inputs.finetuned, strength=strength)
         layout = ShardLayout(ADAPTER_WEIGHTS, _specs(patch))
         output.expect((layout,))
         if not output.is_done(layout):

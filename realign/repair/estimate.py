@@ -85,7 +85,7 @@ def estimate_repair(
     for pair in matching.pairs:
         info = finetuned.tensors[pair.role.name]
         written += info.nbytes
-        if pair.action == "copy" or method.elementwise:
+        if pair.action == "copy" or (method.elementwise and not pair.partial):
             continue
         largest = max(largest, *(math.prod(slot_shape(info.shape, slot)) for slot in pair.slots))
         for rows, slots in groupby(pair.slots, key=partial(stored_rows, shape=info.shape)):

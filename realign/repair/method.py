@@ -75,6 +75,7 @@ class Method(ABC):
         needs_anchors: whether `prepare` runs a model over the anchor prompts.
         data: texts that `prepare` asks for; "safe" falls back on the anchors.
         cost_class: see `CostClass`.
+        fuses: whether it takes other fine-tunes beside the one to repair.
         elementwise: whether `edit` accepts any shape and any chunk of rows.
         default_scope: tensors edited unless the user says otherwise.
         max_strength: largest strength t at which the method is still itself.
@@ -87,6 +88,7 @@ class Method(ABC):
     needs_anchors: ClassVar[bool] = False
     data: ClassVar[frozenset[Data]] = frozenset()
     cost_class: ClassVar[CostClass] = "reading"
+    fuses: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     default_scope: ClassVar[Scope] = "block_linear"
     max_strength: ClassVar[float] = float("inf")
@@ -145,6 +147,36 @@ class Method(ABC):
         extra: frozenset[Role] = frozenset({kind})
         return self.needs | extra
 
+    @property
+    def subject_is_aligned(self) -> bool:
+        """Whether what is edited is the aligned model itself, before any fine-tune."""
+        return False
+
+    def check_settings(self) -> None:
+        """Refuse settings under which a run is pointless; asked by the plan, not by `edit`.
+
+        As a mask that keeps everything: legal in the equations, and a mistake in a command.
+
+        Raises:
+            UsageError: names the parameter and what to give.
+        """
+        return None
+
+    def target_modules(self, given: Given) -> frozenset[str] | None:
+        """Return the kinds of modules edited unless the user names some; None: all.
+
+        Names are those of the Llama family: see `realign.repair.subset`.
+        """
+        return None
+
+    def fixed_rank(self) -> tuple[str, int] | None:
+        """Return the parameter that fixes how many directions are kept, and its value."""
+        for name in ("rank", "k", "rank_rule"):
+            value: object = getattr(self, name, None)
+            if isinstance(value, int) and not isinstance(value, bool):
+                return name, value
+        return None
+
     def settled(self, given: Given) -> Settled:
         """Decide every setting that is "auto" by what was given, once for the whole run.
 
@@ -164,6 +196,11 @@ class Method(ABC):
     def prepares(self) -> bool:
         """Whether `prepare` does anything."""
         return type(self).prepare is not Method.prepare
+
+    def reads_weights_only(self) -> bool:
+        """Whether `prepare` asks its workbench for layers alone and runs no model."""
+        runs = self.cost_class in {"forward", "gradients", "training"}
+        return not (runs or self.needs_anchors or self.required_data())
 
     def select(self, scores: Scores) -> Selection | None:
         """Choose matrices by the scores that `prepare` left, before any is edited; None: all."""

@@ -9,35 +9,39 @@ decide; of the tensors only a few rows are read, to tell equal or swapped models
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
-from realign.checkpoint.adapter import AdapterCheckpoint
-from realign.checkpoint.lineage import propose
-from realign.checkpoint.manifest import read_manifest
-from realign.checkpoint.matching import Matching, TensorPair, match, same_weights
+from realign.checkpoint.matching import Matching, TensorPair, match
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.sidecars import has_vocabulary
 from realign.checkpoint.space import require_space
 from realign.checkpoint.writer import ShardLayout, check_target, plan_layout
-from realign.errors import (
-    AlreadyRepairedError,
-    NothingToDoError,
-    OutputError,
-    UsageError,
-)
+from realign.errors import NothingToDoError, OutputError, UsageError
 from realign.model.devices import pick_device
 from realign.progress import SILENT, Progress
 from realign.repair.estimate import Estimate, estimate_repair
+from realign.repair.layers import factored_roles
 from realign.repair.lineage_check import doubts
-from realign.repair.method import Method, Scope, settle_safety_vector
+from realign.repair.method import Given, Method, Scope
 from realign.repair.patch_checks import by_matrices, check_patch
 from realign.repair.plan_anchors import PlannedAnchors, plan_anchors
+from realign.repair.plan_checks import (
+    check_first_repair,
+    check_rank,
+    check_roles,
+    check_something_to_do,
+    check_strengths,
+    others_fused,
+    settle_texts,
+)
+from realign.repair.preparation import Data
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
+from realign.repair.subset import Subset, narrow, parse_layers, parse_modules
+from realign.repair.texts import PlannedTexts
 
 _HALVES = {"F16": "float16", "BF16": "bfloat16"}
 
@@ -79,6 +83,27 @@ class Plan:
     doubts: tuple[str, ...] = ()
     """What speaks against the roles in which the checkpoints were given; see `lineage_check`."""
 
+    texts: Mapping[Data, PlannedTexts] = field(default_factory=dict[Data, PlannedTexts])
+    """Those that the method reads."""
+    subset: Subset = field(default_factory=Subset)
+    """What is left of the model by options or by the method."""
+    strengths: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Of single decoder blocks, where they differ from `strength`."""
+    encode: str | None = None
+    """How the output's weights are stored, where that is not as they were."""
+    offload: bool = False
+    """Read the weights of a calibrated model block by block instead of holding it."""
+    factored: frozenset[str] = frozenset()
+    """Roles whose LoRA factors are at hand."""
+
+    def strength_of(self, layer: int | None) -> float:
+        """The dial of a decoder block, or of what stands outside of all (None)."""
+        return self.strength if layer is None else self.strengths.get(layer, self.strength)
+
+    def by_entries(self, pair: TensorPair) -> bool:
+        """Whether a tensor is edited entry by entry, in chunks, and not matrix by matrix."""
+        return self.method.elementwise and not pair.partial
+
     @property
     def edits(self) -> tuple[TensorPair, ...]:
         """The tensors that are to be edited."""
@@ -103,9 +128,14 @@ class Plan:
             "safety_vector": self.method.vector_kind,
             "scope": self.scope,
             "strength": self.strength,
+            "strengths": {str(layer): t for layer, t in self.strengths.items()},
+            "subset": self.subset.to_json(),
             "seed": self.seed,
             "device": self.device,
             "anchors": None if self.anchors is None else vars(self.anchors),
+            "texts": {data: vars(each) for data, each in self.texts.items()},
+            "encode": self.encode,
+            "offload": self.offload,
             "output": None if self.output is None else str(self.output),
             "patch": self.patch,
             "max_patch_rank": self.max_patch_rank,
@@ -152,35 +182,61 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         if isinstance(request.method, Method)
         else build_method(request.method, request.settings)
     )
-    check_strength(method, request.strength)
+    method.check_settings()
+    check_strengths(method, request.strength, request.strengths)
     if request.patch:
         method = by_matrices(method)
-    _check_needs(method, inputs)
-    settled = settle_safety_vector(method, [r for r in inputs.others if r != "aligned"])
+    others = others_fused(request, method)
+    check_roles(method.needs, method, inputs)
+    factored = factored_roles(inputs)
+    given = Given(
+        roles=frozenset(inputs.others),
+        adapter="finetuned" in factored,
+        data=frozenset(request.texts),
+        reference_adapter="reference" in factored,
+    )
+    settled = method.settled(given)
     method = settled.method
+    roles = method.required_roles()
+    check_roles(roles, method, inputs)
     scope = _scope(request.scope, method)
-    used = {role: inputs.others[role] for role in sorted(method.required_roles())}
+    texts, notes = settle_texts(request, method)
+    if settled.note:
+        notes.insert(0, settled.note)
+    asks_anchors = method.needs_anchors
+    asks_anchors |= "safe" in method.required_data() and "safe" not in texts
+    if asks_anchors and "aligned" not in inputs.others:
+        raise UsageError(
+            f"{method.name} needs prompts with refusals",
+            "give them with --safe-data FILE, or the aligned model, which answers the anchors, "
+            "with --aligned",
+        )
+    if asks_anchors:
+        roles |= {"aligned"}
+    used = {role: inputs.others[role] for role in (*sorted(roles), *others)}
     check_patch(request, method, inputs.finetuned)
     device = str(pick_device(request.device))
-    notes = [settled.note] if settled.note else []
     notes += [
         f"the {role} model is not read by {method.name} with these settings"
         for role in inputs.others
         if role not in used
     ]
-    _check_something_to_do(method, inputs.finetuned, used)
-    notes += _check_first_repair(request, method, inputs.finetuned)
+    check_something_to_do(method, inputs.finetuned, used)
+    notes += check_first_repair(request, method, inputs.finetuned)
     matching = match(inputs.finetuned, used, scope=scope)
     if not any(pair.action == "edit" for pair in matching.pairs):
         raise NothingToDoError(
             f"{inputs.finetuned.source} has no tensor in the scope {scope}",
             "choose a wider one with --scope matrices or --scope all",
         )
+    subset = _subset(request, method, given)
+    matching = _without_strength(narrow(matching, subset, method=method.name), request)
+    notes += check_rank(method, matching, inputs.finetuned)
     notes += _merge_notes(inputs.finetuned, matching)
     if not request.patch:  # a patch has no tokenizer of its own
         notes += _tokenizer_notes(inputs.finetuned)
     layout = plan_layout(inputs.finetuned)
-    anchors = plan_anchors(request, used["aligned"]) if method.needs_anchors else None
+    anchors = plan_anchors(request, used["aligned"]) if asks_anchors else None
     if request.anchors is not None and anchors is None:
         notes.append(f"{method.name} measures no activations: the anchors are not used")
     estimate = estimate_repair(method, matching, inputs, used, patch=request.patch)
@@ -212,21 +268,14 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         max_patch_rank=request.max_patch_rank,
         estimate=estimate,
         notes=(*notes, *matching.notes),
+        texts=texts,
+        subset=subset,
+        strengths=dict(request.strengths or {}),
+        encode=request.encode,
+        offload=request.offload,
+        factored=factored & {"finetuned", *used},
         doubts=doubts(inputs, [pair.role.name for pair in matching.pairs if pair.action == "edit"]),
     )
-
-
-def check_strength(method: Method, strength: float) -> None:
-    """Check the dial t.
-
-    Raises:
-        UsageError: out of the method's range, or 0, which would change nothing.
-    """
-    method.validate_strength(strength)
-    if strength == 0.0:
-        raise UsageError(
-            "strength = 0 would leave the fine-tune as it is", "give a strength above 0"
-        )
 
 
 def check_place(output: Path, inputs: Inputs, *, written: int) -> None:
@@ -240,28 +289,6 @@ def check_place(output: Path, inputs: Inputs, *, written: int) -> None:
     if not place.is_dir():
         raise OutputError(f"{place} is not a folder", "choose another -o")
     require_space(place, written)
-
-
-def _check_needs(method: Method, inputs: Inputs) -> None:
-    for role in sorted(method.needs):
-        if role not in inputs.others:
-            raise UsageError(f"{method.name} needs the {role} model", _how_to_give(role, inputs))
-
-
-def _how_to_give(role: str, inputs: Inputs) -> str:
-    """Proposes what the fine-tune's own files name as its origin; the user decides."""
-    finetuned = inputs.finetuned
-    folder = (
-        finetuned.adapter_folder if isinstance(finetuned, AdapterCheckpoint) else finetuned.folder
-    )
-    found = propose(folder)
-    named = {"aligned": found.aligned, "base": found.base}.get(role)
-    if named is None:
-        return f"give its folder or Hub id: --{role} ..."
-    if (folder / named).exists():  # a path in an adapter's config counts from its own folder
-        named = str((folder / named).resolve())
-    option = f"--{role} {shlex.quote(named)}"
-    return f"the files of {finetuned.source} name {named}; if that is it: {option}"
 
 
 def _scope(asked: str | None, method: Method) -> Scope:
@@ -280,40 +307,27 @@ def _scope(asked: str | None, method: Method) -> Scope:
     return scope
 
 
-def _check_something_to_do(
-    method: Method, finetuned: Checkpoint, used: Mapping[str, Checkpoint]
-) -> None:
-    aligned = used.get("aligned")
-    if aligned is None:
-        return
-    if same_weights(finetuned, aligned):
-        raise NothingToDoError(
-            f"{finetuned.source} and {aligned.source} hold the same weights: "
-            "the fine-tune has not moved away from the aligned model",
-            "check that the fine-tuned and the aligned model are the ones you mean",
-        )
-    kind = method.vector_kind
-    if kind is not None and same_weights(aligned, used[kind]):
-        raise NothingToDoError(
-            f"{aligned.source} and {used[kind].source} hold the same weights: "
-            f"aligned - {kind} is zero, there is no safety vector",
-            f"check --aligned and --{kind}",
-        )
+def _subset(request: RepairRequest, method: Method, given: Given) -> Subset:
+    layers = None if request.layers is None else parse_layers(request.layers)
+    if request.modules is not None:
+        return Subset(layers, parse_modules(request.modules), asked=True)
+    return Subset(layers, method.target_modules(given))
 
 
-def _check_first_repair(request: RepairRequest, method: Method, finetuned: Checkpoint) -> list[str]:
-    """Refuse the same method twice; say so when another method went before."""
-    manifest = read_manifest(finetuned.folder)
-    done = None if manifest is None else manifest.get("method")
-    name = done.get("name") if isinstance(done, dict) else None
-    if not isinstance(name, str):
-        return []
-    if name == method.name and not request.force:
-        raise AlreadyRepairedError(
-            f"{finetuned.source} has been repaired with {name} already (see its realign.json)",
-            "a second repair is rarely meant; --force repeats it",
-        )
-    return [f"the fine-tune has been repaired before, with {name}"]
+def _without_strength(matching: Matching, request: RepairRequest) -> Matching:
+    """Layers whose dial is 0 are copied."""
+    off = {layer for layer, strength in (request.strengths or {}).items() if strength == 0.0}
+    if not off:
+        return matching
+    pairs = tuple(
+        TensorPair(pair.role, "copy", "strength 0 in its layer", (), None)
+        if pair.action == "edit" and pair.role.layer in off
+        else pair
+        for pair in matching.pairs
+    )
+    if not any(pair.action == "edit" for pair in pairs):
+        raise UsageError("every layer has the strength 0", "give a strength above 0")
+    return Matching(pairs, matching.notes)
 
 
 def _merge_notes(finetuned: Checkpoint, matching: Matching) -> list[str]:

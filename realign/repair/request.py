@@ -15,9 +15,16 @@ from typing import Any
 from realign.checkpoint.layouts import conform
 from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.progress import SILENT, Progress
-from realign.repair.method import Method
+from realign.repair.method import Method, Role
+from realign.repair.preparation import Data
 
-ROLES = ("aligned", "base", "unaligned")
+ROLES: tuple[Role, ...] = ("aligned", "base", "unaligned", "safety", "reference")
+"""Checkpoints beside the fine-tune, each given once."""
+
+ROLE_OPTIONS = {role: f"--{role}" for role in ROLES} | {"safety": "--safety-model"}
+
+ALSO = "also"
+"""Other fine-tunes have the roles also1, also2, ... in the order in which they were given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +52,44 @@ class RepairRequest:
     unaligned: str | Path | None = None
     """The aligned model after a deliberate un-alignment."""
 
+    safety: str | Path | None = None
+    """The aligned model after a fine-tune on safe data."""
+
+    reference: str | Path | None = None
+    """A model whose safety is stronger than the aligned one's."""
+
+    also: Sequence[str | Path] = ()
+    """Other fine-tunes of the aligned model, for methods that fuse several."""
+
+    safe_data: str | Path | None = None
+    """Prompts with refusals; see `realign.repair.texts` for the shapes of all texts."""
+
+    harmful_data: str | Path | None = None
+    """Harmful prompts with compliant answers."""
+
+    task_data: str | Path | None = None
+    """Rows of the downstream task."""
+
+    keep_data: str | Path | None = None
+    """Benign prompts whose answers must stay."""
+
+    pairs: str | Path | None = None
+    """Prompts with a chosen and a rejected answer."""
+
+    layers: str | None = None
+    """Decoder blocks to edit, as "0-5,8"; None: all."""
+
+    modules: str | None = None
+    """Kinds of modules to edit, as "q_proj,v_proj"; None: those of the method."""
+
     scope: str | None = None
     """block_linear, matrices or all; None takes the method's default."""
 
     strength: float = 1.0
     """The dial t of W(t) = W_f + t (W' - W_f)."""
+
+    strengths: Mapping[int, float] | None = None
+    """Dials of single decoder blocks; those not named, and what stands outside, get `strength`."""
 
     anchors: str | Path | None = None
     """Prompts on which activations are measured; None takes `core-anchors`."""
@@ -63,8 +103,14 @@ class RepairRequest:
     max_patch_rank: int | None = None
     """Largest rank of the patch; larger edits are truncated and the error is reported."""
 
+    encode: str | None = None
+    """How the output's weights are stored: None as the fine-tune's, or "compressed-tensors"."""
+
     device: str = "auto"
     """auto, cpu, cuda, cuda:N or mps."""
+
+    offload: bool = False
+    """Read the weights of a model that is run block by block instead of holding it."""
 
     seed: int = 0
     """For randomised methods."""
@@ -85,7 +131,21 @@ class RepairRequest:
     def named(self) -> dict[str, str]:
         """The checkpoints that were given beside the fine-tune, by role."""
         given = {role: getattr(self, role) for role in ROLES}
-        return {role: str(source) for role, source in given.items() if source is not None}
+        found = {role: str(source) for role, source in given.items() if source is not None}
+        others = enumerate(self.also, start=1)
+        return found | {f"{ALSO}{number}": str(source) for number, source in others}
+
+    @property
+    def texts(self) -> dict[Data, str | Path]:
+        """The files of texts that were given, by what they are for."""
+        given: dict[Data, str | Path | None] = {
+            "safe": self.safe_data,
+            "harmful": self.harmful_data,
+            "task": self.task_data,
+            "keep": self.keep_data,
+            "pairs": self.pairs,
+        }
+        return {data: source for data, source in given.items() if source is not None}
 
 
 @dataclass(frozen=True)
@@ -94,7 +154,7 @@ class Inputs:
 
     finetuned: Checkpoint
     others: Mapping[str, Checkpoint]
-    """By role: aligned, base, unaligned; those that were given."""
+    """By role, as `RepairRequest.named`."""
 
     def all(self) -> dict[str, Checkpoint]:
         """Every checkpoint by role, the fine-tune first."""
@@ -105,8 +165,8 @@ class Inputs:
 def open_inputs(request: RepairRequest, *, progress: Progress = SILENT) -> Generator[Inputs]:
     """Open every checkpoint the request names, and close them at the end.
 
-    An adapter given as the fine-tune stands on the aligned model, unless it is written
-    BASE+ADAPTER. The others are shown in the fine-tune's layout (see `layouts.conform`).
+    An adapter stands on the aligned model, unless it is written BASE+ADAPTER or is the base. The
+    others are shown in the fine-tune's layout (see `layouts.conform`).
 
     Raises:
         NotFoundError, HeaderError: a checkpoint that is not there or cannot be read.
@@ -115,7 +175,12 @@ def open_inputs(request: RepairRequest, *, progress: Progress = SILENT) -> Gener
         others: dict[str, Checkpoint] = {}
         for role, source in request.named.items():
             others[role] = stack.enter_context(
-                open_checkpoint(source, offline=request.offline, progress=progress)
+                open_checkpoint(
+                    source,
+                    adapter_base=None if role in {"aligned", "base"} else others.get("aligned"),
+                    offline=request.offline,
+                    progress=progress,
+                )
             )
         finetuned = stack.enter_context(
             open_checkpoint(

@@ -64,7 +64,7 @@ def cut_tensor(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Cut]:
     if pair.action == "edit":
         roles = ("finetuned", *plan.roles)
         common = total if pair.common_rows is None else pair.common_rows
-        if plan.method.elementwise:
+        if plan.by_entries(pair):
             yield from _chunks(pair, inputs, 0, common, roles=roles)
             at = common
         else:
@@ -139,9 +139,13 @@ def _shape(cut: Cut) -> tuple[int, ...] | None:
 
 def planned_keys(plan: Plan) -> tuple[str, ...]:
     """The keys of all rows that the report of this plan must hold."""
-    if plan.method.elementwise:
-        return tuple(pair.role.name for pair in plan.edits)
-    return tuple(slot.key for pair in plan.edits for slot in pair.slots)
+    return tuple(
+        key
+        for pair in plan.edits
+        for key in (
+            [pair.role.name] if plan.by_entries(pair) else [slot.key for slot in pair.slots]
+        )
+    )
 
 
 def read_cut(cut: Cut, checkpoints: Mapping[str, Checkpoint]) -> Piece:

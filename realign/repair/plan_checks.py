@@ -1,0 +1,194 @@
+"""What a plan asks of a request before tensors are paired: roles, texts, settings, work to do.
+
+Headers, JSON and a few rows decide. Here: refusals and remarks that concern the request as a whole.
+Not here: the plan itself (`plan`), anchors (`plan_anchors`), patches (`patch_checks`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Collection, Mapping
+from math import inf
+from pathlib import Path
+
+from realign.checkpoint.adapter import AdapterCheckpoint
+from realign.checkpoint.lineage import propose
+from realign.checkpoint.manifest import read_manifest
+from realign.checkpoint.matching import Matching, same_weights
+from realign.checkpoint.reader import Checkpoint
+from realign.checkpoint.slots import slot_shape
+from realign.errors import AlreadyRepairedError, NothingToDoError, UsageError
+from realign.repair.method import Method
+from realign.repair.preparation import Data
+from realign.repair.request import ALSO, ROLE_OPTIONS, Inputs, RepairRequest
+from realign.repair.texts import OPTIONS, PlannedTexts, missing_data, plan_texts
+
+_DISTINCT = ("safety", "reference", ALSO)
+"""Roles in which the fine-tune itself makes no sense."""
+
+
+def check_roles(roles: Collection[str], method: Method, inputs: Inputs) -> None:
+    """Ask for the first checkpoint that is needed and was not given.
+
+    Raises:
+        UsageError: names the option.
+    """
+    for role in sorted(roles):
+        if role not in inputs.others:
+            raise UsageError(f"{method.name} needs the {role} model", _how_to_give(role, inputs))
+
+
+def _how_to_give(role: str, inputs: Inputs) -> str:
+    """Proposes what the fine-tune's own files name as its origin; the user decides."""
+    finetuned, option = inputs.finetuned, ROLE_OPTIONS[role]
+    folder = (
+        finetuned.adapter_folder if isinstance(finetuned, AdapterCheckpoint) else finetuned.folder
+    )
+    found = propose(folder)
+    named = {"aligned": found.aligned, "base": found.base}.get(role)
+    if named is None:
+        return f"give its folder or Hub id: {option} ..."
+    if (folder / named).exists():  # a path in an adapter's config counts from its own folder
+        named = str((folder / named).resolve())
+    option = f"{option} {shlex.quote(named)}"
+    return f"the files of {finetuned.source} name {named}; if that is it: {option}"
+
+
+def others_fused(request: RepairRequest, method: Method) -> tuple[str, ...]:
+    """The roles of other fine-tunes, where the method fuses several.
+
+    Raises:
+        UsageError: it does not, and some were given.
+    """
+    roles = tuple(f"{ALSO}{number}" for number, _ in enumerate(request.also, start=1))
+    if roles and not method.fuses:
+        raise UsageError(
+            f"{method.name} repairs one fine-tune and cannot fuse others with it",
+            "leave out --also, or use a method that fuses: somf",
+        )
+    return roles
+
+
+def settle_texts(
+    request: RepairRequest, method: Method
+) -> tuple[dict[Data, PlannedTexts], list[str]]:
+    """Check the texts that a method asks for; remark on those that it does not.
+
+    Raises:
+        UsageError: one is needed and was not given; names the option.
+        SuiteError: a file is missing or malformed, or shares prompts with a suite of this run.
+    """
+    needed, given = method.required_data(), request.texts
+    for data in sorted(needed - set(given)):
+        if data != "safe":  # the anchors stand in, with the aligned model's own refusals
+            raise missing_data(data, method=method.name)
+    used: dict[Data, str | Path] = {
+        data: source for data, source in given.items() if data in needed
+    }
+    notes = [
+        f"{method.name} reads no such texts with these settings: {OPTIONS[data]} is not used"
+        for data in given
+        if data not in needed
+    ]
+    return plan_texts(used, suites=request.suites), notes
+
+
+def check_something_to_do(
+    method: Method, finetuned: Checkpoint, used: Mapping[str, Checkpoint]
+) -> None:
+    """Refuse checkpoints that leave nothing to repair, or no means to do it.
+
+    Raises:
+        NothingToDoError: two of them hold the same weights; names both.
+    """
+    aligned = finetuned if method.subject_is_aligned else used.get("aligned")
+    for role, checkpoint in used.items():
+        if role.startswith(_DISTINCT) and same_weights(finetuned, checkpoint):
+            option = ROLE_OPTIONS.get(role, f"--{ALSO}")
+            raise NothingToDoError(
+                f"{finetuned.source} and {checkpoint.source} hold the same weights: {option} must "
+                "name another model than the fine-tune",
+                f"check {option}",
+            )
+    if aligned is None:
+        return
+    if not method.subject_is_aligned and same_weights(finetuned, aligned):
+        raise NothingToDoError(
+            f"{finetuned.source} and {aligned.source} hold the same weights: "
+            "the fine-tune has not moved away from the aligned model",
+            "check that the fine-tuned and the aligned model are the ones you mean",
+        )
+    kind = method.vector_kind
+    if kind is not None and kind in used and same_weights(aligned, used[kind]):
+        raise NothingToDoError(
+            f"{aligned.source} and {used[kind].source} hold the same weights: "
+            f"aligned - {kind} is zero, there is no safety vector",
+            f"check --aligned and --{kind}",
+        )
+
+
+def check_first_repair(request: RepairRequest, method: Method, finetuned: Checkpoint) -> list[str]:
+    """Refuse the same method twice; say so when another method went before.
+
+    Raises:
+        AlreadyRepairedError: the manifest shows this method, and `force` is not set.
+    """
+    manifest = read_manifest(finetuned.folder)
+    done = None if manifest is None else manifest.get("method")
+    name = done.get("name") if isinstance(done, dict) else None
+    if not isinstance(name, str):
+        return []
+    if name == method.name and not request.force:
+        raise AlreadyRepairedError(
+            f"{finetuned.source} has been repaired with {name} already (see its realign.json)",
+            "a second repair is rarely meant; --force repeats it",
+        )
+    return [f"the fine-tune has been repaired before, with {name}"]
+
+
+def check_rank(method: Method, matching: Matching, finetuned: Checkpoint) -> list[str]:
+    """Refuse a fixed rank that no matrix has; remark on the matrices that have fewer directions.
+
+    Raises:
+        UsageError: the rank is above the smaller side of every matrix; names the largest.
+    """
+    fixed = method.fixed_rank()
+    if fixed is None:
+        return []
+    name, rank = fixed
+    sides = {
+        slot.key: min(slot_shape(finetuned.tensors[slot.tensor].shape, slot))
+        for pair in matching.pairs
+        if pair.action == "edit" and len(finetuned.tensors[pair.role.name].shape) >= 2
+        for slot in pair.slots
+    }
+    if not sides:
+        return []
+    largest = max(sides, key=lambda key: sides[key])
+    if rank > sides[largest]:
+        raise UsageError(
+            f"{name} = {rank} is above the rank of every matrix: the largest, {largest}, has "
+            f"{sides[largest]} directions",
+            f"give {name} of at most {sides[largest]}",
+        )
+    small = [key for key, side in sides.items() if side < rank]
+    if not small:
+        return []
+    return [
+        f"{name} = {rank} is above the rank of {len(small)} of {len(sides)} matrices (first "
+        f"{small[0]} with {sides[small[0]]}): all of their directions are kept"
+    ]
+
+
+def check_strengths(method: Method, strength: float, strengths: Mapping[int, float] | None) -> None:
+    """Check the dial t, and those of single layers.
+
+    Raises:
+        UsageError: out of the method's range, or all 0, which would change nothing.
+    """
+    for each in (strength, *(strengths or {}).values()):
+        method.validate_strength(each)
+    if max((strength, *(strengths or {}).values()), default=inf) == 0.0:
+        raise UsageError(
+            "strength = 0 would leave the fine-tune as it is", "give a strength above 0"
+        )
