@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
 from torch import Tensor, device
+from torch.nn import Parameter
 
 from realign.progress import Progress
 from realign.repair.edit import Layer
@@ -95,6 +96,14 @@ class RunningModel(Protocol):
     @property
     def keys(self) -> Sequence[str]:
         """The slot keys that this model has a weight for, in the order of the plan."""
+        ...
+
+    def parameters(self) -> list[Parameter]:
+        """Return the parameters that hold these weights; they take gradients, no other does."""
+        ...
+
+    def clear_gradients(self) -> None:
+        """Free all gradients."""
         ...
 
     def weight(self, key: str) -> Tensor:
@@ -191,6 +200,10 @@ class Workbench(Protocol):
 
         Where rows of "keep" or "task" have no reply, the model `role` answers them greedily.
         """
+        ...
+
+    def prompts(self, data: Data | Literal["anchors"], *, role: str) -> Sequence[tuple[int, ...]]:
+        """Return prompts alone as tokens, ready for the assistant to speak."""
         ...
 
     def pairs(self, *, role: str) -> Sequence[tuple[EncodedReply, EncodedReply]]:

@@ -103,6 +103,22 @@ class PlannedTexts:
     """Rows whose reply the model will be asked for."""
 
 
+def texts_of(request: Any) -> dict[Data, str | Path]:
+    """The files that a request names, by what they are for."""
+    fields: Mapping[Data, str] = {
+        "safe": "safe_data",
+        "harmful": "harmful_data",
+        "task": "task_data",
+        "keep": "keep_data",
+        "pairs": "pairs",
+    }
+    return {
+        data: getattr(request, name)
+        for data, name in fields.items()
+        if getattr(request, name, None) is not None
+    }
+
+
 def load_texts(source: str | Path, data: Data) -> TextFile:
     """Read a file.
 

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -42,11 +43,16 @@ from realign.model.moments_file import StoredMoments, save_moments
 from realign.progress import SILENT, Progress
 from realign.repair.cache import cache_folder
 from realign.repair.edit import Layer
+from realign.repair.kept_tensors import kept_tensors
+from realign.repair.layers import read_layers
 from realign.repair.plan import Plan
 from realign.repair.plan_anchors import MIN_ANCHORS, load_anchors
-from realign.repair.preparation import Data, GradientKind, RunningModel, Statistics
+from realign.repair.preparation import Data, GradientKind, Statistics
 from realign.repair.record import versions
+from realign.repair.rendered import Prompts, RenderedTexts
 from realign.repair.request import Inputs, RepairRequest
+from realign.repair.running import LiveModel, running_model
+from realign.repair.texts import texts_of
 
 MAX_REPLY_TOKENS = 128
 """An anchor's answer is cut here: a refusal has said what it says by then."""
@@ -72,12 +78,27 @@ class ModelWorkbench:
     def __init__(
         self, request: RepairRequest, plan: Plan, inputs: Inputs, *, progress: Progress = SILENT
     ) -> None:
-        assert plan.anchors is not None, "the method has declared that it needs no anchors"
         self._plan = plan
         self._inputs = inputs
         self._progress = progress
-        self._suite: Suite = load_anchors(request.anchors)
+        self._anchors = request.anchors
         self._cache = cache_folder(request.cache_dir)
+        self._texts = RenderedTexts(
+            sources=texts_of(request),
+            checkpoint=lambda role: original(inputs.all()[role]),
+            about=lambda role: self._running_about(original(inputs.all()[role])),
+            refusals=lambda role: [
+                (reply.prompt, reply.token_ids) for reply in self.refusals(role)
+            ],
+            anchors=lambda: [item.prompt for item in self._suite.items],
+            cache=self._cache,
+            device=self.device,
+            progress=progress,
+        )
+
+    @cached_property
+    def _suite(self) -> Suite:
+        return load_anchors(self._anchors)
 
     @property
     def seed(self) -> int:
@@ -101,7 +122,7 @@ class ModelWorkbench:
 
     def layers(self) -> Iterator[Layer]:
         """The matrices to edit, one after the other."""
-        raise NotImplementedError
+        return (layer for _, layer in read_layers(self._plan, self._inputs))
 
     def input_moments(
         self,
@@ -123,21 +144,45 @@ class ModelWorkbench:
 
     def examples(self, data: Data, *, role: str) -> Sequence[EncodedReply]:
         """Texts as tokens."""
-        raise NotImplementedError
+        return self._texts.examples(data, role=role)
 
     def pairs(self, *, role: str) -> Sequence[tuple[EncodedReply, EncodedReply]]:
         """Pairs of answers as tokens."""
-        raise NotImplementedError
+        return self._texts.pairs(role=role)
 
-    def running(self, role: str) -> AbstractContextManager[RunningModel]:
+    def prompts(self, data: Prompts, *, role: str) -> Sequence[tuple[int, ...]]:
+        """Prompts alone as tokens, ready for the assistant to speak."""
+        return self._texts.prompts(data, role=role)
+
+    def running(self, role: str) -> AbstractContextManager[LiveModel]:
         """A model in memory."""
-        raise NotImplementedError
+        shown, tensors = self._inputs.all()[role], self._inputs.finetuned.tensors
+        slots = self.slots
+        return running_model(
+            original(shown),
+            places={key: locate(shown, slot) for key, slot in slots.items()},
+            shapes={
+                key: slot_shape(tensors[slot.tensor].shape, slot) for key, slot in slots.items()
+            },
+            device=self.device,
+        )
 
     def cached(
         self, name: str, about: Mapping[str, Any], make: Callable[[], Mapping[str, Tensor]]
     ) -> Mapping[str, Tensor]:
         """Tensors from the cache, or made."""
-        raise NotImplementedError
+        models = {
+            role: self._running_about(original(each)) for role, each in self._inputs.all().items()
+        }
+        everything = {
+            "about": dict(about),
+            "models": models,
+            "texts": self._texts.identity(),
+            "anchors": None if self._plan.anchors is None else self._suite.suite_hash,
+            "seed": self.seed,
+            "matrices": sorted(self.slots),
+        }
+        return kept_tensors(self._cache, name, about=everything, make=make, progress=self._progress)
 
     def moments(self, *, role: str, standardize: str, tokens: str) -> Statistics:
         """Activation moments of the model `role` on the anchors that it refuses.
@@ -196,18 +241,7 @@ class ModelWorkbench:
         path: Path,
     ) -> None:
         with load_model(checkpoint, device=self._plan.device) as loaded:
-            replies = self._replies(loaded, checkpoint)
-            kept = [reply for reply in replies if reply.refused and reply.token_ids]
-            if len(kept) < MIN_ANCHORS:
-                raise SuiteError(
-                    f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors, "
-                    f"at least {MIN_ANCHORS} are needed to see where refusal lives",
-                    "check that --aligned is the safety-trained model, or give prompts that it "
-                    "refuses with --anchors FILE",
-                )
-            self._progress.note(
-                f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors"
-            )
+            kept = self._kept_replies(loaded, checkpoint)
             sequences = [
                 token_sequence(
                     encode(loaded.tokenizer, reply.prompt), reply.token_ids, tokens=tokens
@@ -216,8 +250,33 @@ class ModelWorkbench:
             ]
             found = collect_moments(loaded, sequences, requests=requests, progress=self._progress)
         _check_found(checkpoint, found)
-        about = {**about, "anchors_refused": str(len(kept)), "anchors_asked": str(len(replies))}
+        asked = str(len(self._suite.items))
+        about = {**about, "anchors_refused": str(len(kept)), "anchors_asked": asked}
         save_moments(path, found, about=about)
+
+    def refusals(self, role: str) -> list[AnchorReply]:
+        """The anchors that the model `role` refuses, with its refusals.
+
+        Raises:
+            SuiteError: fewer than 16 anchors are refused.
+            ModelError: the checkpoint cannot be run or has no chat template.
+        """
+        checkpoint = original(self._inputs.all()[role])
+        with load_model(checkpoint, device=self._plan.device) as loaded:
+            return self._kept_replies(loaded, checkpoint)
+
+    def _kept_replies(self, loaded: LoadedModel, checkpoint: Checkpoint) -> list[AnchorReply]:
+        replies = self._replies(loaded, checkpoint)
+        kept = [reply for reply in replies if reply.refused and reply.token_ids]
+        if len(kept) < MIN_ANCHORS:
+            raise SuiteError(
+                f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors, "
+                f"at least {MIN_ANCHORS} are needed to see where refusal lives",
+                "check that --aligned is the safety-trained model, or give prompts that it "
+                "refuses with --anchors FILE",
+            )
+        self._progress.note(f"{checkpoint.source} refuses {len(kept)} of {len(replies)} anchors")
+        return kept
 
     def _replies(self, loaded: LoadedModel, checkpoint: Checkpoint) -> list[AnchorReply]:
         """The answers, from the cache where this model has given them before."""
@@ -258,12 +317,18 @@ class ModelWorkbench:
 
     def _about(self, checkpoint: Checkpoint) -> dict[str, str]:
         """Everything an answer depends on: the weights, tokenizer and template by their hashes."""
-        installed = versions()
         return {
-            "model": model_identity(checkpoint, self._progress),
+            **self._running_about(checkpoint),
             "anchors": self._suite.suite_hash,
             "reply_tokens": str(self._suite.max_new_tokens or MAX_REPLY_TOKENS),
             "judge": keyword_judge().judge_hash,
+        }
+
+    def _running_about(self, checkpoint: Checkpoint) -> dict[str, str]:
+        """What anything that a model does depends on."""
+        installed = versions()
+        return {
+            "model": model_identity(checkpoint, self._progress),
             "device": self._plan.device.partition(":")[0],
             "version": f"{__version__}/{CACHE_VERSION}",
             "torch": installed["torch"],
