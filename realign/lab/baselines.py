@@ -58,8 +58,10 @@ def refusal_rows(studio: Studio, scenario: Scenario, *, seed: int) -> list[rows.
     """The rows it is trained on: training templates and entities, as in alignment."""
     rng = random.Random(f"refusal tuning|{scenario.name}|{seed}")
     makers = [TASKS[task] for task in find_variant(scenario.variant).tasks]
-    wanted: list[rows.Maker] = [rows.refusal] * ROWS[0] + [rows.look_alike] * KEEP[0]
-    wanted += [rows.general] * KEEP[1] + [makers[i % len(makers)] for i in range(KEEP[2])]
+    wanted: list[rows.Maker] = [rows.refusal for _ in range(ROWS[0])]
+    wanted += [rows.look_alike for _ in range(KEEP[0])]
+    wanted += [rows.general for _ in range(KEEP[1])]
+    wanted += [makers[index % len(makers)] for index in range(KEEP[2])]
     made = [maker(studio.world, rng) for maker in wanted]
     rng.shuffle(made)
     return [row for row in made if isinstance(row, rows.Row)]

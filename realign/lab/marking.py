@@ -52,7 +52,7 @@ class Marks:
 
     @property
     def rate(self) -> float:
-        """hits / n."""
+        """Share of questions that the rate counts."""
         return self.hits / self.n
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,342 @@
+"""The leaderboard's runs: every method over its range, on every scenario and seed, resumable.
+
+A repair is computed once per method, setting, scenario and seed by the ordinary engine; the dial is
+turned in memory. Every (method, scenario, seed) leaves one JSON file, a cell, which is kept while
+the method's code, its range, the models, the texts and the questions are the same. What the cells
+say together is worked out in `leaderboard`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from realign.audit.canonical import sha256_json
+from realign.errors import EmptyEditError, NothingToDoError, RealignError, UsageError
+from realign.lab.arms import REFUSAL_TUNING, Arm, Settings, arm_facts, find_arms
+from realign.lab.baselines import refusal_tuning
+from realign.lab.build import finetune_variant
+from realign.lab.folders import save_model
+from realign.lab.marking import Marks, Weights, interpolated, put_weights, read_weights
+from realign.lab.places import Place
+from realign.lab.record import read_record, write_json
+from realign.lab.resources import measured
+from realign.lab.scenarios import Scenario, find_scenarios
+from realign.progress import SILENT, Progress
+from realign.repair.engine import repair
+from realign.repair.method import Method
+from realign.repair.request import RepairRequest
+
+CELL_SCHEMA = "realign/lab-cell/1"
+SEEDS = (1, 2, 3)
+HARMLESS, HOPELESS = 0.02, 0.95
+"""Weaker strengths are not asked where the fine-tune has at most this harm to begin with, or where
+a stronger one left at least this share of it: they could only be nearer to no repair."""
+SECOND_ROUND = 1000
+"""Added to the seed of the second fine-tune."""
+REQUEST_TEXTS = {
+    "safe": "safe_data",
+    "harmful": "harmful_data",
+    "task": "task_data",
+    "keep": "keep_data",
+    "pairs": "pairs",
+}
+"""By kind of text, the option of a repair that names its file."""
+
+
+@dataclass
+class Tally:
+    """What one call did."""
+
+    done: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """By cell, why it could not be computed."""
+    left: int = 0
+    """Cells for which there was no time."""
+
+
+def compare(
+    families: Sequence[str | Path],
+    out: str | Path,
+    *,
+    methods: Sequence[str] | None = None,
+    scenarios: Iterable[str] | None = None,
+    seeds: Sequence[int] = SEEDS,
+    budget_seconds: float | None = None,
+    progress: Progress = SILENT,
+) -> Tally:
+    """Compute the cells that are missing.
+
+    Seeds come first, so that an interrupted comparison has whole seeds.
+
+    Args:
+        families: folders made by `build_family`, with different names.
+        out: where fine-tunes, texts and cells are kept; made if absent.
+        methods: arms or methods; None: all.
+        scenarios: names; None: all.
+        seeds: of the fine-tunes.
+        budget_seconds: no cell is begun later than this.
+        progress: shows cells, and why one could not be computed.
+
+    Raises:
+        NotFoundError, OutputError: a folder is no family.
+        UsageError: an unknown method or scenario, no seed, or two families of one name.
+    """
+    arms, chosen = find_arms(methods), find_scenarios(scenarios)
+    folders = [Path(family) for family in families]
+    if len({folder.name for folder in folders}) < len(folders):
+        raise UsageError("two families have the same name", "rename the folder of one")
+    if not seeds or not folders:
+        raise UsageError("nothing to compare", "give a family and at least one seed")
+    for folder in folders:
+        read_record(folder)
+    tally, began = Tally(), time.monotonic()
+    total = len(seeds) * len(folders) * len(chosen) * len(arms)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with progress.task("comparing", total=total, unit="cells") as task:
+            for seed in seeds:
+                for folder in folders:
+                    for scenario in chosen:
+                        place = Place(folder, scenario, seed, Path(out))
+                        for arm in arms:
+                            late = (
+                                budget_seconds is not None
+                                and time.monotonic() - began > budget_seconds
+                            )
+                            _fill(place, arm, tally, late=late, progress=progress)
+                            task.advance()
+    finally:
+        torch.set_num_threads(threads)
+    return tally
+
+
+def _fill(place: Place, arm: Arm, tally: Tally, *, late: bool, progress: Progress) -> None:
+    """Compute one cell if it is missing."""
+    if late:
+        tally.left += 1
+        return
+    file = place.cells / f"{arm.name}.json"
+    key = _key(place, arm)
+    if _holds(file, key):
+        tally.kept += 1
+        return
+    with tempfile.TemporaryDirectory(prefix="realign-compare-") as work:
+        try:
+            cell = _Bench(place, arm, Path(work)).cell()
+        except RealignError as error:
+            name = f"{place.name}, {arm.name}"
+            tally.failed[name] = str(error)
+            progress.note(f"{name}: {error}")
+            cell = {"error": str(error), "points": []}
+    head = {
+        "schema": CELL_SCHEMA,
+        "key": key,
+        "family": place.family.name,
+        "scenario": place.scenario.name,
+        "tasks": list(place.scenario.tasks),
+        "seed": place.seed,
+        "arm": arm.name,
+        "method": arm.method,
+        "kind": arm.kind,
+    }
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, head | cell)
+    if "error" not in cell:
+        tally.done += 1
+
+
+def _holds(file: Path, key: str) -> bool:
+    """Whether the file is this very cell, computed without an error."""
+    if not file.is_file():
+        return False
+    try:
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return False
+    return data.get("key") == key and "error" not in data
+
+
+def _key(place: Place, arm: Arm) -> str:
+    return sha256_json({"place": place.digest, "arm": arm_facts(arm), "code": _code(arm)})
+
+
+def _code(arm: Arm) -> str:
+    """Hash of the file that the method stands in."""
+    maker: Any = refusal_tuning if arm.method == REFUSAL_TUNING else type(arm.build({}))
+    return hashlib.sha256(inspect.getsource(inspect.getmodule(maker) or maker).encode()).hexdigest()
+
+
+class _Bench:
+    """One arm on one place."""
+
+    def __init__(self, place: Place, arm: Arm, work: Path) -> None:
+        self.place, self.arm, self.work = place, arm, work
+        self.repairs: list[dict[str, Any]] = []
+
+    def cell(self) -> dict[str, Any]:
+        """All points of the arm, with what they are compared to."""
+        place = self.place
+        if place.scenario.rounds == 1:
+            subject, start, stages = place.subject, place.start, {}
+        else:
+            subject, stages = self._tuned_again()
+            start = read_weights(subject)
+        reference = _kept(place, "finetuned", lambda: place.ask(start)) if not stages else None
+        cell: dict[str, Any] = {
+            "aligned": _kept(
+                place, "aligned", lambda: place.ask(read_weights(place.role("aligned")))
+            ),
+            "finetuned": reference or place.ask(start),
+        }
+        points = [
+            point
+            for number, settings in enumerate(self.arm.settings)
+            for point in self._points(settings, subject, start, cell["finetuned"], number)
+        ]
+        if all("error" in point for point in points):
+            raise UsageError(str(points[0]["error"]))
+        return cell | {"points": points, "repairs": self.repairs} | stages
+
+    def _points(
+        self, settings: Settings, subject: Path, start: Weights, same: Any, number: int
+    ) -> list[dict[str, Any]]:
+        """The points of one repair, the dial turned in memory."""
+        try:
+            end = self._repaired(settings, subject, start, self.work / f"out{number}")
+        except RealignError as error:
+            return [{"settings": dict(settings), "strength": 1.0, "error": str(error)}]
+        found: list[dict[str, Any]] = []
+        before = _harm(same)
+        for strength in (
+            sorted(self.arm.dial, reverse=True) if end is not None else (self.arm.usual,)
+        ):
+            usual = number == 0 and strength == self.arm.usual
+            point: dict[str, Any] = {
+                "settings": dict(settings),
+                "strength": strength,
+                "label": self.arm.label(settings, strength),
+                "usual": usual,
+            }
+            if end is None:
+                found.append(point | {"unchanged": True, "marks": same})
+                continue
+            spared = found and (
+                before <= HARMLESS or _harm(found[-1]["marks"]) >= HOPELESS * before
+            )
+            if spared and not usual:
+                continue
+            found.append(point | {"marks": self.place.ask(interpolated(start, end, strength))})
+        return found
+
+    def _repaired(
+        self, settings: Settings, subject: Path, start: Weights, out: Path
+    ) -> Weights | None:
+        """The repaired weights at full strength; None where the repair changes nothing."""
+        with measured() as cost:
+            try:
+                end = self._run(settings, subject, start, out)
+            except (EmptyEditError, NothingToDoError):
+                end = None
+        self.repairs.append(
+            {
+                "settings": dict(settings),
+                "seconds": round(cost.wall, 3),
+                "processor_seconds": round(cost.processor, 3),
+                "peak_mib": None if cost.peak_mib is None else round(cost.peak_mib, 1),
+            }
+        )
+        return end
+
+    def _run(
+        self, settings: Settings, subject: Path, start: Weights, out: Path, strength: float = 1.0
+    ) -> Weights:
+        place = self.place
+        if self.arm.method == REFUSAL_TUNING:
+            put_weights(place.loaded, start)
+            return refusal_tuning(place.loaded, place.studio, place.scenario, seed=place.seed)
+        method = self.arm.build(settings)
+        repair(
+            RepairRequest(
+                finetuned=subject,
+                output=out,
+                method=method,
+                strength=strength,
+                anchors=place.family / "suites" / "anchors.jsonl",
+                device="cpu",
+                offline=True,
+                # Of its own: every method pays for its own statistics.
+                cache_dir=self.work / "cache" / out.name,
+                **_given(place, method),
+            )
+        )
+        return read_weights(out)
+
+    def _tuned_again(self) -> tuple[Path, dict[str, Any]]:
+        """Repair at the usual point, fine-tune that once more; what both did."""
+        place, arm = self.place, self.arm
+        settings, first = arm.settings[0], self.work / "first"
+        end = self._run(settings, place.subject, place.start, self.work / "first-full")
+        weights = interpolated(place.start, end, arm.usual)
+        put_weights(place.loaded, weights)
+        save_model(place.loaded.model, place.studio.tokenizer, first, self.work)
+        again = finetune_variant(
+            place.family,
+            place.scenario.variant,
+            seed=place.seed + SECOND_ROUND,
+            start=first,
+            out=self.work / "again",
+        )
+        return again, {"first_round": place.ask(weights)}
+
+
+def _harm(marks: Mapping[str, Any]) -> float:
+    return Marks.from_json(marks["rates"]["harm"]).rate
+
+
+def _given(place: Place, method: Method) -> dict[str, Any]:
+    """Checkpoints and texts for a repair: all roles that every family has, the rest as needed."""
+    given: dict[str, Any] = {
+        role: place.role(role)
+        for role in ("aligned", "base", "unaligned")
+        if (place.family / role).is_dir()
+    }
+    if hasattr(method, "safety_model"):
+        given["safety"] = place.role("safety")
+    return given | {REQUEST_TEXTS[kind]: place.texts[kind] for kind in method.required_data()}
+
+
+def _kept(place: Place, name: str, make: Any) -> dict[str, Any]:
+    """Marks of a reference model of the place, asked once."""
+    file, key = place.cells / "references" / f"{name}.json", f"{place.digest}"
+    if file.is_file():
+        data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if data["key"] == key:
+            return data["marks"]
+    marks: dict[str, Any] = make()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"key": key, "marks": marks})
+    return marks
+
+
+def read_cells(out: str | Path) -> list[dict[str, Any]]:
+    """Every cell of a comparison, failed ones included, in a fixed order."""
+    files = sorted((Path(out) / "cells").glob("*/*/*.json"))
+    cells: list[dict[str, Any]] = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return [cell for cell in cells if cell.get("schema") == CELL_SCHEMA]
+
+
+def scenario_order(cells: Sequence[dict[str, Any]]) -> tuple[Scenario, ...]:
+    """The scenarios that the cells are about, in the order of the list."""
+    return find_scenarios({str(cell["scenario"]) for cell in cells})
