@@ -11,9 +11,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
 from realign.repair.edit import Facts, Layer, Unchanged
 from realign.repair.method import Method
 from realign.repair.preparation import Scores, Selection, Statistics, Workbench
@@ -52,22 +49,11 @@ class CosineMethod(Method):
 
     def prepare(self, workbench: Workbench) -> Statistics:
         """Compute the cosine of every matrix to edit; no data, no model."""
-
-        def make() -> Mapping[str, Tensor]:
-            found: dict[str, Tensor] = {}
-            for layer in workbench.layers():
-                score = self.score(layer)
-                pair = (-1.0, -1.0) if score is None else (score["cosine"], score["chance_cosine"])
-                found[layer.key] = torch.tensor(pair, dtype=torch.float64)
-            return found
-
-        about = {"safety_vector": self.vector_kind, "matrices": sorted(workbench.slots)}
-        stored = workbench.cached("alignment-cosines", about, make)
         scores: dict[str, Mapping[str, float]] = {}
-        for key in workbench.slots:
-            cosine, chance = (float(each) for each in stored[key])
-            if cosine >= 0.0:
-                scores[key] = {"cosine": cosine, "chance_cosine": chance}
+        for layer in workbench.layers():
+            score = self.score(layer)
+            if score is not None:
+                scores[layer.key] = score
         return Statistics(scores=scores, facts=self._facts(scores))
 
     def select(self, scores: Scores) -> Selection | None:
