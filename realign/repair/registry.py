@@ -16,6 +16,7 @@ from realign.repair.method import Method, out_of_range
 from realign.repair.methods.delta_svd import DeltaSvd
 from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
+from realign.repair.methods.q_realign import QRealign
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.wise_ft import WiseFt
@@ -32,6 +33,7 @@ METHODS: Mapping[str, type[Method]] = {
         Resta,
         WiseFt,
         Replace,
+        QRealign,
     )
 }
 
