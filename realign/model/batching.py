@@ -7,7 +7,7 @@ Padding is on the left with an explicit attention mask and position ids made fro
 from __future__ import annotations
 
 import inspect
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +72,27 @@ def plan_batches(
         batches.append(order[start : start + rows])
         start += rows
     return batches
+
+
+def waves_of(
+    plan: Sequence[Sequence[int]],
+    ids: Sequence[Sequence[int]],
+    *,
+    position_bytes: int,
+    held_bytes: int,
+) -> Iterator[list[Sequence[int]]]:
+    """Batches in groups whose hidden states are held together; at least one batch in each."""
+    wave: list[Sequence[int]] = []
+    held = 0
+    for indices in plan:
+        cost = position_bytes * len(indices) * max(len(ids[index]) for index in indices)
+        if wave and held + cost > held_bytes:
+            yield wave
+            wave, held = [], 0
+        wave.append(indices)
+        held += cost
+    if wave:
+        yield wave
 
 
 def pad_left(

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,6 +68,20 @@ class LoadedModel:
         rows = self.vocabulary_rows
         candidates = (self.tokenizer.pad_token_id, *self.stop_ids)
         return next((i for i in candidates if isinstance(i, int) and 0 <= i < rows), 0)
+
+    @property
+    def position_bytes(self) -> int:
+        """What a pass holds for one position while it waits between two blocks, about."""
+        width = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        return 4 * self.dtype.itemsize * (width if isinstance(width, int) else 0)
+
+    @contextmanager
+    def held_weights(self) -> Generator[Callable[[], None]]:
+        """While it is open, weights that were read for a block stay until the function is called.
+
+        Only matters for a model that is read block by block.
+        """
+        yield lambda: None
 
     def unload(self) -> None:
         """Free the weights. The object can no longer be run."""

@@ -44,8 +44,11 @@ class ExpertProbe:
 class ExpertWatch:
     """The probes of one module that holds a stack of experts."""
 
-    def __init__(self, path: str, module: Any, precision: Precision) -> None:
+    def __init__(
+        self, path: str, module: Any, precision: Precision, *, diagonal: bool = False
+    ) -> None:
         """Take a module; `failure` says why nothing can be measured there."""
+        self.diagonal = diagonal
         self.path = path
         self.module = module
         self.precision: Precision = precision
@@ -118,7 +121,9 @@ class ExpertWatch:
                     v = self._multiply(v, probe.parameter, expert, bias=False)
                     v = v if probe.rows is None else v[:, slice(*probe.rows)]
                 if probe.sums is None:
-                    probe.sums = Sums(int(v.shape[1]), v.device, self.precision)
+                    probe.sums = Sums(
+                        int(v.shape[1]), v.device, self.precision, diagonal=self.diagonal
+                    )
                 if probe.kind == "token":
                     v = standardise_tokens(v.to(probe.sums.dtype))
                 probe.sums.add(v)

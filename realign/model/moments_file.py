@@ -8,20 +8,93 @@ records: model, suite, template, options).
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
-from realign.errors import CheckpointError, OutputError
+from realign.errors import CheckpointError
 from realign.model.accumulate import MomentKind
+from realign.model.growing_file import GrowingFile
 from realign.model.moments import Moments, MomentSet
 
 SCHEMA = "realign/moments/1"
+
+
+class MomentsWriter:
+    """Moments on their way into a file, written as soon as they are finished; a `MomentSink`.
+
+    A context manager: without `finish` nothing is left behind.
+    """
+
+    def __init__(self, path: Path, *, about: Mapping[str, str]) -> None:
+        """Begin a file.
+
+        Args:
+            path: a file in an existing folder, replaced at the end.
+            about: provenance, `StoredMoments.about` when it is read back.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        self._file = GrowingFile(path)
+        self._about = dict(about)
+        self._index: dict[str, tuple[int, int, MomentKind]] = {}
+        self._sets = 0
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def put(self, keys: Sequence[str], moments: Moments) -> None:
+        """Write the moments that `keys` share, or merge them with those they have.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        if keys[0] in self._index:
+            number, n, kind = self._index[keys[0]]
+            before = Moments(
+                n, self._file.get(f"{number}.s1"), self._file.get(f"{number}.s2"), kind
+            )
+            moments = before.merge(moments)
+            self._file.replace(f"{number}.s1", moments.s1)
+            self._file.replace(f"{number}.s2", moments.s2)
+        else:
+            number, self._sets = self._sets, self._sets + 1
+            self._file.add(f"{number}.s1", moments.s1)
+            self._file.add(f"{number}.s2", moments.s2)
+        self._index.update(dict.fromkeys(keys, (number, moments.n, moments.kind)))
+
+    def finish(self, missing: Mapping[str, str], *, about: Mapping[str, str] | None = None) -> None:
+        """Give the file its name.
+
+        Args:
+            missing: keys without moments, and why; what was put for them does not count.
+            about: what else is known now.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        index = {
+            key: {"set": number, "n": n, "kind": kind}
+            for key, (number, n, kind) in self._index.items()
+            if key not in missing
+        }
+        self._file.finish(
+            {
+                "schema": SCHEMA,
+                "index": json.dumps(index, sort_keys=True),
+                "missing": json.dumps(dict(missing), sort_keys=True),
+                "about": json.dumps({**self._about, **(about or {})}, sort_keys=True),
+            }
+        )
+
+    def __enter__(self) -> MomentsWriter:
+        return self
+
+    def __exit__(self, *what: Any) -> None:
+        self._file.__exit__(*what)
 
 
 def save_moments(path: Path, moments: MomentSet, *, about: Mapping[str, str]) -> None:
@@ -35,29 +108,13 @@ def save_moments(path: Path, moments: MomentSet, *, about: Mapping[str, str]) ->
     Raises:
         OutputError: the file cannot be written.
     """
-    numbers: dict[int, int] = {}
-    tensors: dict[str, Tensor] = {}
-    index: dict[str, dict[str, Any]] = {}
+    shared: dict[int, list[str]] = {}
     for key, value in moments.items():
-        number = numbers.setdefault(id(value), len(numbers))
-        tensors[f"{number}.s1"] = value.s1.contiguous()
-        tensors[f"{number}.s2"] = value.s2.contiguous()
-        index[key] = {"set": number, "n": value.n, "kind": value.kind}
-    metadata = {
-        "schema": SCHEMA,
-        "index": json.dumps(index, sort_keys=True),
-        "missing": json.dumps(dict(moments.missing), sort_keys=True),
-        "about": json.dumps(dict(about), sort_keys=True),
-    }
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        save_file(tensors, partial, metadata=metadata)
-        partial.chmod(0o600)  # private, like the answers they were measured on
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OutputError(f"{path} cannot be written: {error}", "is the disk full?") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        shared.setdefault(id(value), []).append(key)
+    with MomentsWriter(path, about=about) as writer:
+        for keys in shared.values():
+            writer.put(keys, moments[keys[0]])
+        writer.finish(moments.missing)
 
 
 class StoredMoments(Mapping[str, Moments]):

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from realign.model.accumulate import MomentKind, Precision, Sums, standardise_tokens
-from realign.model.batching import Batch
 
 # How many layer inputs are remembered to recognise one that is fed to several layers.
 _RECENT = 4
@@ -27,9 +26,8 @@ class Run:
     keep: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))  # [rows, length]
     recent: list[tuple[Tensor, Probe]] = field(default_factory=lambda: [])
 
-    def start(self, batch: Batch, keep: Tensor) -> None:
-        """Go on to another batch, of which these positions count."""
-        assert keep.shape == batch.input_ids.shape, (keep.shape, batch.input_ids.shape)
+    def turn_to(self, keep: Tensor) -> None:
+        """Go on with another batch, of which these positions count."""
         self.keep = keep
         self.recent.clear()
 
@@ -55,6 +53,7 @@ class Probe:
     transposed: bool
     precision: Precision
     keys: list[str]
+    diagonal: bool = False
     sums: Sums | None = None
     leader: Probe | None = None  # the probe fed with the very same input, once known
     failure: str = ""
@@ -90,7 +89,9 @@ def hook(probe: Probe, run: Run) -> Callable[..., None]:
             if probe.rows is not None:
                 kept = kept[:, slice(*probe.rows)]
         if probe.sums is None:
-            probe.sums = Sums(int(kept.shape[1]), kept.device, probe.precision)
+            probe.sums = Sums(
+                int(kept.shape[1]), kept.device, probe.precision, diagonal=probe.diagonal
+            )
         if probe.kind == "token":
             kept = standardise_tokens(kept.to(probe.sums.dtype))
         probe.sums.add(kept)
