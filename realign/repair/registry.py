@@ -19,6 +19,8 @@ from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.q_realign import QRealign
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
+from realign.repair.methods.safe_lora import SafeLora
+from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.wise_ft import WiseFt
 from realign.repair.parameters import split_settings
 
@@ -31,6 +33,8 @@ METHODS: Mapping[str, type[Method]] = {
         DeltaSvd,
         Lox,
         Resta,
+        SafeLora,
+        Safemerge,
         WiseFt,
         Replace,
         QRealign,

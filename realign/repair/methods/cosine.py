@@ -72,14 +72,14 @@ class CosineMethod(Method):
             return None
         if score is None:
             return UNTOUCHED if self.filter_of(layer) is None else NO_TASK
-        return Unchanged(
-            f"cosine {score['cosine']:.4f} (chance {score['chance_cosine']:.4f}): "
-            f"{self.why_not(score)}"
-        )
+        return Unchanged(self.why_not())
 
-    def why_not(self, score: Mapping[str, float]) -> str:
-        """Say why a cosine does not call for an edit."""
-        return f"not below {self.bound(score):.4g}"
+    def why_not(self) -> str:
+        """Say why a cosine does not call for an edit; the row's facts hold the cosine itself."""
+        asked = self.threshold
+        if isinstance(asked, str):
+            return "its cosine is not below its chance level"
+        return f"its cosine is not below {asked:g}"
 
     def score_facts(self, layer: Layer, statistics: Statistics) -> Facts:
         """Return c and c0 for the report, where they were computed."""

@@ -6,7 +6,6 @@ whole matrices.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -118,11 +117,11 @@ class SafeLora(CosineMethod):
         ordered = sorted(scores, key=lambda key: (scores[key]["cosine"], key))
         return frozenset(ordered[: self.num_layers])
 
-    def why_not(self, score: Mapping[str, float]) -> str:
+    def why_not(self) -> str:
         """See `CosineMethod.why_not`."""
         if self.selection == "number":
-            return f"not among the {self.num_layers} lowest"
-        return super().why_not(score)
+            return f"its cosine is not among the {self.num_layers} lowest"
+        return super().why_not()
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = C dW - dW of a selected matrix: s (C B - B) A for an adapter."""
