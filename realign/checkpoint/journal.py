@@ -59,8 +59,9 @@ class Journal:
                 )
         elif left:
             progress.note(f"discarding what another, interrupted run left in {folder}")
+        kept = {name.split("/")[0] for name in self.finished}  # weight files may lie in folders
         for path in left:
-            if path.name not in self.finished:
+            if path.name not in kept:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         self._write()
 

@@ -144,6 +144,7 @@ class OutputFolder:
         path = self.partial / layout.filename
         try:
             with self._claim.writing():
+                path.parent.mkdir(exist_ok=True)
                 path.unlink(missing_ok=True)
                 writer = ShardWriter(path, layout, guard=self._claim.writing)
         except OSError as error:

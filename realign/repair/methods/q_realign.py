@@ -19,8 +19,8 @@ from realign.repair.method import Card, CostClass, Method
 from realign.repair.parameters import Flag, Integer, Real, parameter
 from realign.repair.preparation import Data, Statistics, Workbench
 from realign.repair.quantise.calibration import train_quantiser
+from realign.repair.quantise.matrix import quantised_matrix
 from realign.repair.quantise.training import Recipe
-from realign.subspace.quantiser import clip_factors, quantise
 
 CARD = Card(
     title="Q-realign: realignment by quantisation",
@@ -187,23 +187,13 @@ class QRealign(Method):
                 "this run is the control: smoothing without rounding leaves every block's outputs "
                 f"as they are{shown}"
             )
-        wide = layer.finetuned.dtype if layer.finetuned.dtype == torch.float64 else torch.float32
-        weight = layer.finetuned.to(wide)
-        tables = {name: statistics.tensor(name, layer.key) for name in ("high", "low", "smooth")}
-        high, low, smooth = (None if each is None else each.to(weight) for each in tables.values())
-        target = quantise(
-            weight,
-            high=clip_factors(high),
-            low=clip_factors(low),
-            bits=self.bits,
-            smooth=smooth,
-            dtype=layer.finetuned.dtype,
-        )
+        found = quantised_matrix(layer.finetuned, layer.key, statistics, bits=self.bits)
+        target = found.folded()
         stored = target.to(layer.finetuned.dtype)
         if torch.equal(stored, layer.finetuned):
             return Unchanged("every entry stands on the grid already")
         facts: dict[str, float | int | str | None] = {"bits": self.bits}
-        if high is not None and low is not None:
-            facts["clip_high"] = float(torch.sigmoid(high).mean())
-            facts["clip_low"] = float(torch.sigmoid(low).mean())
-        return Dense(target - weight, target=stored, facts=facts)
+        for name, table in (("clip_high", "high"), ("clip_low", "low")):
+            if (logits := statistics.tensor(table, layer.key)) is not None:
+                facts[name] = float(torch.sigmoid(logits).mean())
+        return Dense(target - layer.finetuned.to(target.dtype), target=stored, facts=facts)
