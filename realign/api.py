@@ -27,17 +27,30 @@ def repair(
     finetuned: str | Path,
     *,
     out: str | Path,
-    aligned: str | Path,
+    aligned: str | Path | None = None,
     base: str | Path | None = None,
     unaligned: str | Path | None = None,
+    safety: str | Path | None = None,
+    reference: str | Path | None = None,
+    also: Sequence[str | Path] = (),
     method: str = "lssf",
     settings: Mapping[str, Any] | None = None,
     strength: float = 1.0,
+    strengths: Mapping[int, float] | None = None,
     scope: str | None = None,
+    layers: str | None = None,
+    modules: str | None = None,
     anchors: str | Path | None = None,
+    safe_data: str | Path | None = None,
+    harmful_data: str | Path | None = None,
+    task_data: str | Path | None = None,
+    keep_data: str | Path | None = None,
+    pairs: str | Path | None = None,
     patch: bool = False,
     max_patch_rank: int | None = None,
+    encode: str | None = None,
     device: str = "auto",
+    offload: bool = False,
     seed: int = 0,
     force: bool = False,
     offline: bool = False,
@@ -49,17 +62,31 @@ def repair(
         finetuned: the checkpoint to repair: a folder, "org/name", "org/name@revision" or
             "MODEL+ADAPTER". Never changed.
         out: the folder to write; must not exist. It appears as a whole or not at all.
-        aligned: the aligned model the fine-tune was tuned from.
+        aligned: the aligned model the fine-tune was tuned from; nearly every method needs it.
         base: the model before alignment.
         unaligned: the aligned model after a deliberate un-alignment.
-        method: "lssf", "delta_svd", "resta", "wise_ft", "replace", or a plug-in's name.
+        safety: the aligned model after a fine-tune on safe data.
+        reference: a model whose safety is stronger than the aligned one's.
+        also: other fine-tunes of the aligned model, for methods that fuse several.
+        method: a name that `realign methods` lists, as "lssf" or "replace".
         settings: the method's parameters, as {"eta": 0.85}.
         strength: the dial t of W(t) = W_f + t (W' - W_f).
+        strengths: dials of single decoder blocks, as {0: 0.5}; the others have `strength`.
         scope: "block_linear", "matrices" or "all"; None takes the method's default.
+        layers: decoder blocks to edit, as "0-5,8"; None: all.
+        modules: kinds of modules to edit, as "q_proj,v_proj"; None takes the method's own.
         anchors: prompts that the aligned model refuses; None takes those that realign ships.
+        safe_data: a file of prompts with refusals; where a method needs them and none are given,
+            the aligned model answers the anchors.
+        harmful_data: a file of harmful prompts with compliant answers.
+        task_data: a file of rows of the downstream task.
+        keep_data: a file of benign prompts whose answers must stay.
+        pairs: a file of prompts with a chosen and a rejected answer.
         patch: write a LoRA adapter over the fine-tune instead of a checkpoint.
         max_patch_rank: truncate the patch to this rank, and report the error.
+        encode: "compressed-tensors" stores the repaired matrices as int8; None: as they were.
         device: "auto", "cpu", "cuda", "cuda:N" or "mps".
+        offload: read a model that is measured block by block instead of holding it.
         seed: of randomised methods.
         force: repair what a manifest shows to be repaired already.
         offline: resolve Hub ids from the local cache only.
@@ -79,14 +106,27 @@ def repair(
         aligned=aligned,
         base=base,
         unaligned=unaligned,
+        safety=safety,
+        reference=reference,
+        also=tuple(also),
         method=method,
         settings=settings or {},
         strength=strength,
+        strengths=strengths,
         scope=scope,
+        layers=layers,
+        modules=modules,
         anchors=anchors,
+        safe_data=safe_data,
+        harmful_data=harmful_data,
+        task_data=task_data,
+        keep_data=keep_data,
+        pairs=pairs,
         patch=patch,
         max_patch_rank=max_patch_rank,
+        encode=encode,
         device=device,
+        offload=offload,
         seed=seed,
         force=force,
         offline=offline,
@@ -97,7 +137,7 @@ def repair(
 def plan(
     finetuned: str | Path,
     *,
-    aligned: str | Path,
+    aligned: str | Path | None = None,
     out: str | Path | None = None,
     base: str | Path | None = None,
     unaligned: str | Path | None = None,

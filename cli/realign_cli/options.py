@@ -11,6 +11,7 @@ from realign.errors import UsageError
 from realign_cli.command import FLAG
 
 MODELS_PANEL = "Checkpoints (a folder, org/name, org/name@revision, or MODEL+ADAPTER)"
+TEXTS_PANEL = "Texts (JSON lines; realign methods NAME says which are read)"
 AUDIT_PANEL = "Audit"
 MACHINE_PANEL = "Machine"
 
@@ -32,6 +33,50 @@ Unaligned = Annotated[
     str | None,
     checkpoint_option(
         "--unaligned", help="The aligned model, deliberately un-aligned by a short fine-tune."
+    ),
+]
+SafetyModel = Annotated[
+    str | None,
+    checkpoint_option("--safety-model", help="The aligned model, fine-tuned on safe data."),
+]
+Reference = Annotated[
+    str | None,
+    checkpoint_option("--reference", help="A model that is safer than the aligned one."),
+]
+Also = Annotated[
+    list[str] | None,
+    checkpoint_option(
+        "--also", help="Another fine-tune of ALIGNED to fuse with this one. May be repeated."
+    ),
+]
+
+
+def _texts_option(name: str, *, help: str) -> Any:
+    return typer.Option(name, metavar="FILE", help=help, rich_help_panel=TEXTS_PANEL)
+
+
+SafeData = Annotated[
+    str | None,
+    _texts_option("--safe-data", help="Prompts with refusals. (default: the anchors)"),
+]
+HarmfulData = Annotated[
+    str | None,
+    _texts_option("--harmful-data", help="Harmful prompts with compliant answers."),
+]
+TaskData = Annotated[str | None, _texts_option("--task-data", help="Rows of the downstream task.")]
+KeepData = Annotated[
+    str | None, _texts_option("--keep-data", help="Benign prompts whose answers must stay.")
+]
+Pairs = Annotated[
+    str | None, _texts_option("--pairs", help="Prompts with a chosen and a rejected answer.")
+]
+Offload = Annotated[
+    bool,
+    typer.Option(
+        "--offload",
+        metavar=FLAG,
+        help="Read a model that is measured block by block instead of holding it.",
+        rich_help_panel=MACHINE_PANEL,
     ),
 ]
 Device = Annotated[

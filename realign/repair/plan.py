@@ -29,6 +29,7 @@ from realign.repair.method import Given, Method, Scope
 from realign.repair.patch_checks import by_matrices, check_patch
 from realign.repair.plan_anchors import PlannedAnchors, plan_anchors
 from realign.repair.plan_checks import (
+    check_encoding,
     check_first_repair,
     check_rank,
     check_roles,
@@ -184,6 +185,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     )
     method.check_settings()
     check_strengths(method, request.strength, request.strengths)
+    check_encoding(request)
     if request.patch:
         method = by_matrices(method)
     others = others_fused(request, method)

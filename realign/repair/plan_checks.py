@@ -23,6 +23,8 @@ from realign.repair.preparation import Data
 from realign.repair.request import ALSO, ROLE_OPTIONS, Inputs, RepairRequest
 from realign.repair.texts import OPTIONS, PlannedTexts, missing_data, plan_texts
 
+ENCODINGS = ("compressed-tensors",)
+
 _DISTINCT = ("safety", "reference", ALSO)
 """Roles in which the fine-tune itself makes no sense."""
 
@@ -178,6 +180,22 @@ def check_rank(method: Method, matching: Matching, finetuned: Checkpoint) -> lis
         f"{name} = {rank} is above the rank of {len(small)} of {len(sides)} matrices (first "
         f"{small[0]} with {sides[small[0]]}): all of their directions are kept"
     ]
+
+
+def check_encoding(request: RepairRequest) -> None:
+    """Check how the output's weights are to be stored.
+
+    Raises:
+        UsageError: an unknown word, or a patch, whose factors are not encoded.
+    """
+    if request.encode is None:
+        return
+    if request.encode not in ENCODINGS:
+        raise UsageError(
+            f"there is no encoding {request.encode!r}", f"encodings: {', '.join(ENCODINGS)}"
+        )
+    if request.patch:
+        raise UsageError("--encode and --patch do not go together", "leave out one of them")
 
 
 def check_strengths(method: Method, strength: float, strengths: Mapping[int, float] | None) -> None:

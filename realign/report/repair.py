@@ -61,6 +61,8 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
         ("method", " ".join([plan.method.name, *settings_text(plan.method.settings())])),
         ("safety vector", vector_text(plan.method.vector_kind)),
         ("scope, strength", f"{plan.scope}, {plan.strength:g}"),
+        ("subset", _subset_text(plan)),
+        ("texts", ", ".join(f"{t.source} ({t.count} {d})" for d, t in plan.texts.items())),
         ("anchors", f"{plan.anchors.name} ({plan.anchors.count} prompts)" if plan.anchors else ""),
         ("device, seed", f"{plan.device}, {plan.seed}"),
         (
@@ -74,6 +76,16 @@ def plan_tables(plan: Plan) -> tuple[RenderableType, ...]:
     # Doubts are not repeated here: they are warnings, and stand on standard error.
     notes = [Text(f"note: {note}", style="yellow") for note in plan.notes]
     return (inputs, "", *lines, "", tensors, *([""] if notes else []), *notes)
+
+
+def _subset_text(plan: Plan) -> str:
+    """Say which layers and modules are left, and which layers have dials of their own."""
+    found = plan.subset.to_json()
+    parts = [f"{name} {', '.join(map(str, each))}" for name, each in found.items() if each]
+    if plan.strengths:
+        dials = (f"{layer}: {t:g}" for layer, t in sorted(plan.strengths.items()))
+        parts.append(f"strengths {', '.join(dials)}")
+    return "; ".join(parts)
 
 
 def rows_table(rows: Iterable[TensorRow], *, title: str = "The edit, layer by layer") -> Table:
@@ -96,6 +108,21 @@ def rows_table(rows: Iterable[TensorRow], *, title: str = "The edit, layer by la
             number(_mean(row.survival for row in edited)),
         )
     return table
+
+
+def facts_lines(facts: Mapping[str, float | int | str | None]) -> tuple[RenderableType, ...]:
+    """Return what the method says of the whole run, a line each, after an empty one."""
+    from rich.text import Text
+
+    shown = {name: value for name, value in facts.items() if value is not None}
+    width = max(map(len, shown), default=0) + 2
+    lines = [
+        Text.assemble((f"{name.replace('_', ' '):{width}}", "dim"), number(value))
+        if isinstance(value, float)
+        else Text.assemble((f"{name.replace('_', ' '):{width}}", "dim"), str(value))
+        for name, value in shown.items()
+    ]
+    return ("", *lines) if lines else ()
 
 
 def manifest_rows(manifest: Mapping[str, Any]) -> tuple[TensorRow, ...]:

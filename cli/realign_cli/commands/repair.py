@@ -15,17 +15,27 @@ from realign_cli.command import FLAG, Example, command
 from realign_cli.imports import swift_imports
 from realign_cli.options import (
     AUDIT_PANEL,
+    TEXTS_PANEL,
     Aligned,
+    Also,
     Base,
     BatchSize,
     Device,
+    HarmfulData,
     Judges,
+    KeepData,
     Limit,
     MaxNewTokens,
     Offline,
+    Offload,
+    Pairs,
     Policy,
+    Reference,
+    SafeData,
+    SafetyModel,
     Seed,
     Suites,
+    TaskData,
     Unaligned,
 )
 from realign_cli.repair_gate import RepairGate
@@ -58,6 +68,11 @@ EXAMPLES = (
         "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
         "    --method replace --set rank=4 --strength 0.8 -o ./repaired",
         "another method, a parameter, and four fifths of its edit",
+    ),
+    Example(
+        "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
+        "    --method delta_svd --layers 8-15 --modules q_proj,v_proj -o ./repaired",
+        "a part of the model; the rest is copied",
     ),
     Example(
         "realign repair ./my-lora --aligned org/model-instruct --base org/model \\\n"
@@ -109,6 +124,9 @@ def repair(
     aligned: Aligned = None,
     base: Base = None,
     unaligned: Unaligned = None,
+    safety_model: SafetyModel = None,
+    reference: Reference = None,
+    also: Also = None,
     method: Annotated[
         str,
         typer.Option("--method", "-m", metavar="NAME", help="How.", rich_help_panel=METHOD_PANEL),
@@ -150,15 +168,39 @@ def repair(
             rich_help_panel=METHOD_PANEL,
         ),
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            "--layers",
+            metavar="LIST",
+            help="Edit these decoder blocks only, as 0-5,8.",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
+    modules: Annotated[
+        str | None,
+        typer.Option(
+            "--modules",
+            metavar="LIST",
+            help="Edit these kinds of modules only, as q_proj,v_proj; names of the Llama family "
+            "stand for the same thing everywhere. (default: the method's)",
+            rich_help_panel=METHOD_PANEL,
+        ),
+    ] = None,
     anchors: Annotated[
         str | None,
         typer.Option(
             "--anchors",
             metavar="FILE",
             help="Prompts the aligned model refuses (JSONL). (default: core-anchors)",
-            rich_help_panel=METHOD_PANEL,
+            rich_help_panel=TEXTS_PANEL,
         ),
     ] = None,
+    safe_data: SafeData = None,
+    harmful_data: HarmfulData = None,
+    task_data: TaskData = None,
+    keep_data: KeepData = None,
+    pairs: Pairs = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")
     ] = None,
@@ -181,6 +223,14 @@ def repair(
             "--max-patch-rank",
             metavar="R",
             help="Truncate edits of larger rank, also dense ones, and report the error.",
+        ),
+    ] = None,
+    encode: Annotated[
+        str | None,
+        typer.Option(
+            "--encode",
+            metavar="KIND",
+            help="compressed-tensors: store the repaired matrices as int8. (default: as FINETUNED)",
         ),
     ] = None,
     force: Annotated[
@@ -217,6 +267,7 @@ def repair(
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
+    offload: Offload = False,
     seed: Seed = 0,
     offline: Offline = False,
 ) -> int | None:
@@ -252,13 +303,25 @@ def repair(
         aligned=aligned,
         base=base,
         unaligned=unaligned,
+        safety=safety_model,
+        reference=reference,
+        also=tuple(also or ()),
+        safe_data=safe_data,
+        harmful_data=harmful_data,
+        task_data=task_data,
+        keep_data=keep_data,
+        pairs=pairs,
+        layers=layers,
+        modules=modules,
         scope=scope,
         strength=strength,
         anchors=anchors,
         suites=tuple(suites or ()),
         patch=patch,
         max_patch_rank=max_patch_rank,
+        encode=encode,
         device=device,
+        offload=offload,
         seed=seed,
         force=force,
         offline=offline,
@@ -301,7 +364,7 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: RepairGate | No
     with swift_imports():
         from realign.repair.engine import repair as carry_out
         from realign.report.patch import patch_facts, patch_summary
-        from realign.report.repair import rows_table
+        from realign.report.repair import facts_lines, rows_table
 
     before_commit: Callable[[Path], None] | None = gate
     result = carry_out(
@@ -320,7 +383,7 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: RepairGate | No
             "exit": {"code": 0, "reason": "done" if gate is None else "done, within policy"},
         }
     )
-    sink.show(rows_table(result.rows), "")
+    sink.show(rows_table(result.rows), *facts_lines(result.manifest["method_facts"]), "")
     if written is not None:
         sink.show(patch_summary(written), "")
     if gate is not None and gate.report is not None:
