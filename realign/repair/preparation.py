@@ -106,6 +106,10 @@ class RunningModel(Protocol):
         """Free all gradients."""
         ...
 
+    def clear_other_gradients(self) -> None:
+        """Set to zero what of these parameters' gradients belongs to no matrix of the plan."""
+        ...
+
     def weight(self, key: str) -> Tensor:
         """Return the live weight of a slot as a view [d_out, d_in]; writing to it writes to it."""
         ...

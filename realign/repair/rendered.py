@@ -51,8 +51,8 @@ class RenderedTexts:
     """The checkpoint of a role, as stored."""
     about: Callable[[str], Mapping[str, str]]
     """What a role's answers depend on beside the prompts: weights, versions, device."""
-    refusals: Callable[[str], Sequence[tuple[str, Sequence[int]]]]
-    """The anchors that a role refuses, with its refusals as token ids."""
+    refusals: Callable[[], Sequence[tuple[str, Sequence[int], str]]]
+    """The anchors that the aligned model refuses, with its refusals: as token ids and as text."""
     anchors: Callable[[], Sequence[str]]
     """The prompts of the anchors."""
     cache: Path
@@ -82,8 +82,10 @@ class RenderedTexts:
             tokenizer = self._tokenizer(role)
             if data == "safe" and data not in self.sources:
                 found = [
-                    encode_reply(tokenizer, prompt, list(ids), end_of_turn=True)
-                    for prompt, ids in self.refusals(role)
+                    encode_reply(
+                        tokenizer, prompt, ids if role == "aligned" else text, end_of_turn=True
+                    )
+                    for prompt, ids, text in self.refusals()
                 ]
             else:
                 found = self._answered(self._file(data), role=role)

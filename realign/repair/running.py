@@ -64,6 +64,24 @@ class LiveModel:
         for parameter in self.parameters():
             parameter.grad = None
 
+    def clear_other_gradients(self) -> None:
+        """Set to zero what of these parameters' gradients belongs to no matrix of the plan."""
+        held = sum(parameter.numel() for parameter in self.parameters())
+        if held == sum(self.weight(key).numel() for key in self.keys):
+            return
+        kept: dict[str, Tensor] = {}
+        for key in self.keys:
+            gradient = self.gradient(key)
+            if gradient is not None:
+                kept[key] = gradient.clone()
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        for key, gradient in kept.items():
+            place = self.gradient(key)
+            assert place is not None
+            place.copy_(gradient)
+
     def logits(self, input_ids: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """Run the model and return its logits [batch, length, vocabulary].
 

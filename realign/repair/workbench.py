@@ -28,7 +28,7 @@ from realign.audit.suites import Suite
 from realign.checkpoint.layouts import locate, original
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, slot_shape
-from realign.errors import CheckpointError, ModelError, OutputError, SuiteError
+from realign.errors import CheckpointError, ModelError, OutputError, SuiteError, UsageError
 from realign.model.chat import EncodedReply, encode
 from realign.model.generation import generate
 from realign.model.loading import LoadedModel, load_model
@@ -87,8 +87,8 @@ class ModelWorkbench:
             sources=texts_of(request),
             checkpoint=lambda role: original(inputs.all()[role]),
             about=lambda role: self._running_about(original(inputs.all()[role])),
-            refusals=lambda role: [
-                (reply.prompt, reply.token_ids) for reply in self.refusals(role)
+            refusals=lambda: [
+                (each.prompt, each.token_ids, each.text) for each in self.refusals("aligned")
             ],
             anchors=lambda: [item.prompt for item in self._suite.items],
             cache=self._cache,
@@ -261,6 +261,11 @@ class ModelWorkbench:
             SuiteError: fewer than 16 anchors are refused.
             ModelError: the checkpoint cannot be run or has no chat template.
         """
+        if role not in self._inputs.all():
+            raise UsageError(
+                f"the anchors need the {role} model, whose refusals they are",
+                f"give it with --{role}, or give prompts with refusals: --safe-data FILE",
+            )
         checkpoint = original(self._inputs.all()[role])
         with load_model(checkpoint, device=self._plan.device) as loaded:
             return self._kept_replies(loaded, checkpoint)
