@@ -75,6 +75,7 @@ class Lox(SpectralMethod):
     name: ClassVar[str] = "lox"
     card: ClassVar[Card] = CARD
     cost_class: ClassVar[CostClass] = "decomposition"
+    needs: ClassVar[frozenset[Role]] = frozenset()  # by mode: see `required_roles`
     paper_vector: ClassVar[VectorKind | None] = "base"
 
     mode: str = parameter(
@@ -114,14 +115,14 @@ class Lox(SpectralMethod):
         return ALPHA[self.mode] if isinstance(self.alpha, str) else self.alpha
 
     @property
-    def rank(self) -> int | None:
-        """Directions kept, as the plan's estimate asks for them."""
-        return self.k
+    def subject_is_aligned(self) -> bool:
+        """When hardening, the aligned model is what is edited."""
+        return self.mode == "harden"
 
     def required_roles(self) -> frozenset[Role]:
         """The vector's checkpoints; when hardening, the aligned model is the subject itself."""
-        roles = super().required_roles()
-        return roles - {"aligned"} if self.mode == "harden" else roles
+        own: frozenset[Role] = frozenset() if self.subject_is_aligned else frozenset({"aligned"})
+        return own | super().required_roles()
 
     def settled(self, given: Given) -> Settled:
         """Decide `alpha` and the safety vector."""

@@ -85,7 +85,7 @@ class Safemerge(CosineMethod):
     safety_model: str = parameter(
         "auto", Choice(("auto", "safety", "aligned")), symbol="W_safety", source="our choice"
     )
-    """The model given with --safety, or the aligned one; `auto` takes the former if it is given."""
+    """The model given with --safety-model, or the aligned one; `auto`: the former if it is given."""
 
     safety_vector: str = parameter(
         "base", Choice(("base", "unaligned", "auto")), symbol="V", source="the public code"
@@ -109,13 +109,13 @@ class Safemerge(CosineMethod):
             chosen = "safety" if "safety" in given.roles else "aligned"
             if chosen == "aligned":
                 note = (
-                    "no safety model is given (--safety): safemerge mixes with the aligned model, "
-                    "safety_model = aligned"
+                    "no safety model is given (--safety-model): safemerge mixes with the aligned "
+                    "model, safety_model = aligned"
                 )
         elif chosen == "safety" and "safety" not in given.roles:
             raise UsageError(
                 "safemerge with safety_model = safety needs the safety model",
-                "give the aligned model after a fine-tune on safe data with --safety, or use "
+                "give the aligned model after a fine-tune on safe data with --safety-model, or use "
                 "--set safety_model=aligned",
             )
         inner = super(Safemerge, with_settings(self, safety_model=chosen)).settled(given)

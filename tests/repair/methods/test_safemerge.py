@@ -181,7 +181,7 @@ def test_the_safety_model_is_used_if_it_is_given_and_its_absence_said() -> None:
     assert chosen.note == ""
     with pytest.raises(UsageError) as caught:
         Safemerge(safety_model="safety").settled(Given(roles))
-    assert "--safety" in caught.value.hint
+    assert "--safety-model" in caught.value.hint
     for bad in ({"w": 1.1}, {"w": -0.1}, {"tau": -1.0}):
         with pytest.raises(UsageError):
             Safemerge(**bad)
