@@ -13,12 +13,17 @@ from typing import Any
 
 from realign.errors import UsageError
 from realign.repair.method import Method, out_of_range
+from realign.repair.methods.antidote import Antidote
 from realign.repair.methods.delta_svd import DeltaSvd
+from realign.repair.methods.irr import Irr
 from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
+from realign.repair.methods.nlsr import Nlsr
 from realign.repair.methods.q_realign import QRealign
+from realign.repair.methods.one_shot import OneShot
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
+from realign.repair.methods.safe_delta import SafeDelta
 from realign.repair.methods.safe_lora import SafeLora
 from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.wise_ft import WiseFt
@@ -35,9 +40,14 @@ METHODS: Mapping[str, type[Method]] = {
         Resta,
         SafeLora,
         Safemerge,
+        SafeDelta,
+        Irr,
+        Antidote,
+        Nlsr,
         WiseFt,
         Replace,
         QRealign,
+        OneShot,
     )
 }
 
