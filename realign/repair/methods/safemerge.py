@@ -85,7 +85,7 @@ class Safemerge(CosineMethod):
     safety_model: str = parameter(
         "auto", Choice(("auto", "safety", "aligned")), symbol="W_safety", source="our choice"
     )
-    """The model given with --safety-model, or the aligned one; `auto`: the former if it is given."""
+    """The model of --safety-model, or the aligned one; `auto`: the former if it is given."""
 
     safety_vector: str = parameter(
         "base", Choice(("base", "unaligned", "auto")), symbol="V", source="the public code"
