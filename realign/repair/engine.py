@@ -29,7 +29,7 @@ from realign.repair.flow import Flow
 from realign.repair.layers import WeightsWorkbench
 from realign.repair.patch import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Patch, build_patch
 from realign.repair.plan import Plan, plan_repair
-from realign.repair.preparation import NO_STATISTICS, Statistics, Workbench
+from realign.repair.preparation import NO_STATISTICS, Decomposer, Statistics, Workbench
 from realign.repair.record import TensorRow, Totals, build_manifest, remarks, totals_of
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 from realign.repair.sources import Sources
@@ -83,6 +83,7 @@ def repair(
     in_flight: int | None = None,
     attach: Attach | None = None,
     before_commit: BeforeCommit | None = None,
+    decompositions: Decomposer | None = None,
 ) -> RepairResult:
     """Repair a fine-tune and write the result.
 
@@ -95,6 +96,7 @@ def repair(
             are listed in it like all others. An exception of it means that nothing is committed.
         before_commit: called with the finished folder before it gets its name; an exception of it
             means that nothing is committed. The folder can be loaded like any checkpoint.
+        decompositions: shared with other repairs; the result does not depend on it.
 
     Raises:
         UsageError, NotFoundError, HeaderError, MismatchError, NothingToDoError,
@@ -114,6 +116,8 @@ def repair(
         sources = Sources(read, store=hash_store(request.cache_dir))
         try:
             statistics = prepare_statistics(request, plan, inputs, progress=progress)
+            if decompositions is not None:
+                statistics = replace(statistics, decompositions=decompositions)
             run = _Run(
                 request,
                 plan,
@@ -161,7 +165,29 @@ def _repair_to_checkpoint(run: _Run) -> RepairResult:
         check_complete(planned_keys(plan), rows)
         check_changed(rows, patch=False)
         output.copy_sidecars(run.inputs.finetuned)
+        if plan.encode is not None:
+            _encode(run, output, rows)
         return _commit(run, output, rows)
+
+
+def _encode(run: _Run, output: OutputFolder, rows: Sequence[TensorRow]) -> None:
+    """Write the same weights once more, as integers, into a folder of the output."""
+    from realign.repair.quantise.encoding import write_encoded
+
+    def manifest(files: Mapping[str, str], layout: Sequence[ShardLayout]) -> dict[str, Any]:
+        return build_manifest(
+            run.plan,
+            rows=rows,
+            hashes=run.sources.hashes(run.progress),
+            statistics=run.statistics,
+            files=files,
+            layout=layout,
+            command=run.request.command,
+        )
+
+    write_encoded(
+        run.plan, run.inputs.finetuned, run.statistics, output, manifest, progress=run.progress
+    )
 
 
 def _repair_to_patch(run: _Run) -> RepairResult:

@@ -2,7 +2,7 @@
 
 Here: the grid of a row, rounding to it, and what the codes stand for, all pure. Not here: how clip
 factors and smoothing are trained (`realign.repair.quantise`), how codes are stored
-(`realign.checkpoint.packed`).
+(`realign.checkpoint.int8`).
 
 Per output row, b bits (OmniQuant, arXiv 2308.13137; Q-realign, arXiv 2601.08089):
 

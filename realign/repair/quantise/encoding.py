@@ -4,7 +4,7 @@ OUTPUT/compressed-tensors is a model folder that transformers loads with the pac
 compressed-tensors. Its linear layers hold the codes of W diag(v), its norms carry 1 / v, everything
 else is copied. It is part of the output: it appears and is verified with it, and has a manifest of
 its own, so that it can be moved away. Here: what is written there, and what can be. Not here: the
-layout of packed weights (`realign.checkpoint.packed`).
+layout of those weights (`realign.checkpoint.int8`).
 """
 
 from __future__ import annotations
@@ -12,23 +12,23 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from realign.checkpoint.chunks import chunks_of, read_chunk
 from realign.checkpoint.headers import DTYPES
+from realign.checkpoint.int8 import (
+    BITS,
+    ENDINGS,
+    int8_matrix,
+    int8_shapes,
+    quantisation_config,
+)
 from realign.checkpoint.manifest import MANIFEST_NAME
 from realign.checkpoint.matching import Matching
 from realign.checkpoint.names import role_of
-from realign.checkpoint.packed import (
-    BITS,
-    ENDINGS,
-    pack_matrix,
-    packed_shapes,
-    quantisation_config,
-)
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.shards import ShardLayout, ShardWriter, TensorSpec, index_of
 from realign.checkpoint.slots import Slot, logical_matrix
@@ -42,7 +42,15 @@ from realign.repair.preparation import Statistics
 from realign.repair.quantise.matrix import quantised_matrix
 from realign.repair.stream import read_slot
 
+if TYPE_CHECKING:
+    from realign.repair.plan import Plan
+
 FOLDER = "compressed-tensors"
+"""Name of the folder, and of the encoding."""
+
+Manifest: TypeAlias = Callable[[Mapping[str, str], Sequence[ShardLayout]], Mapping[str, Any]]
+"""Makes a manifest's content from the hashes of its files and its weight files."""
+
 _CHUNK = 8 * 2**20
 
 
@@ -82,6 +90,38 @@ def check_encodable(method: Method, matching: Matching, *, strength: float, dial
                 )
 
 
+def write_encoded(
+    plan: Plan,
+    finetuned: Checkpoint,
+    statistics: Statistics,
+    output: OutputFolder,
+    manifest: Manifest,
+    *,
+    progress: Progress,
+) -> None:
+    """Write the folder of integers of a repair.
+
+    Args:
+        plan: of the repair.
+        finetuned: its subject.
+        statistics: what the training decided.
+        output: the folder that the repair is written to.
+        manifest: makes the encoded folder's own.
+        progress: shows bytes written.
+
+    Raises:
+        OutputError: the disk is full or not writable.
+    """
+    Encoder(
+        finetuned=finetuned,
+        slots={pair.role.name: pair.slots for pair in plan.edits},
+        layout=plan.layout,
+        statistics=statistics,
+        output=output,
+        progress=progress,
+    ).write(manifest)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoder:
     """Writes one encoded folder."""
@@ -92,11 +132,10 @@ class Encoder:
     layout: Sequence[ShardLayout]
     """Of the de-quantised output."""
     statistics: Statistics
-    bits: int
     output: OutputFolder
     progress: Progress
 
-    def write(self, manifest: Callable[[Mapping[str, str], Sequence[ShardLayout]], Any]) -> None:
+    def write(self, manifest: Manifest) -> None:
         """Write weights, config, the small files and the folder's own manifest.
 
         Args:
@@ -139,15 +178,15 @@ class Encoder:
         if spec.name not in self.slots:
             return (spec,)
         module = spec.name.removesuffix(".weight")
-        types = ("I32", spec.dtype, "I32", "I64")
+        types = ("I8", spec.dtype, "I8")
         return tuple(
             TensorSpec(f"{module}.{ending}", dtype, shape)
-            for ending, dtype, shape in zip(ENDINGS, types, packed_shapes(spec.shape), strict=True)
+            for ending, dtype, shape in zip(ENDINGS, types, int8_shapes(spec.shape), strict=True)
         )
 
     def _write_tensor(self, writer: ShardWriter, spec: TensorSpec) -> None:
         if spec.name in self.slots:
-            for name, tensor in self._packed(spec).items():
+            for name, tensor in self._integers(spec).items():
                 writer.write(name, tensor)
             return
         if (norm := self._norm(spec)) is not None:
@@ -156,7 +195,7 @@ class Encoder:
         for chunk in chunks_of([(self.finetuned, spec.name)], nbytes=_CHUNK):
             writer.write(spec.name, read_chunk(self.finetuned, spec.name, chunk))
 
-    def _packed(self, spec: TensorSpec) -> dict[str, Tensor]:
+    def _integers(self, spec: TensorSpec) -> dict[str, Tensor]:
         """The integers of one stored tensor, its matrices below one another."""
         slots = self.slots[spec.name]
         parts = [
@@ -164,19 +203,19 @@ class Encoder:
                 logical_matrix(read_slot(self.finetuned, slot), slot),
                 slot.key,
                 self.statistics,
-                bits=self.bits,
+                bits=BITS,
             )
             for slot in slots
         ]
         codes = torch.cat([each.codes for each in parts])
         assert tuple(codes.shape) == spec.shape, f"{spec.name}: rows that no matrix covers"
-        packed = pack_matrix(
+        found = int8_matrix(
             codes,
             zero=torch.cat([each.grid.zero for each in parts]),
             step=torch.cat([each.grid.step for each in parts]),
             dtype=DTYPES[spec.dtype],
         )
-        return packed.tensors(spec.name.removesuffix(".weight"))
+        return found.tensors(spec.name.removesuffix(".weight"))
 
     def _norm(self, spec: TensorSpec) -> Tensor | None:
         """A norm divided by v, its bias too; None for every other tensor."""

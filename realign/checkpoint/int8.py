@@ -1,14 +1,17 @@
-"""Eight-bit integer weights in the layout of compressed-tensors, format `pack-quantized`.
+"""Eight-bit integer weights in the layout of compressed-tensors, format `int-quantized`.
 
-Of a linear layer's `weight` [d_out, d_in] a file holds
+Of a linear layer a file holds, instead of its weight [d_out, d_in],
 
-    weight_packed      int32 [d_out, ceil(d_in / 4)]: four codes 0 .. 255 a word, the first lowest
+    weight             int8 [d_out, d_in]: the codes 0 .. 255, less 128
     weight_scale       the step of each row [d_out, 1], in the type of the model
-    weight_zero_point  int32 [ceil(d_out / 4), 1]: the codes of 0, four rows a word
-    weight_shape       int64 [2]: d_out, d_in
+    weight_zero_point  int8 [d_out, 1]: the code of 0, less 128
 
-and stands for (code - zero) step. Here: that layout, its config, and reading it back. Not here: how
-codes are made (`realign.subspace.quantiser`), which files they go to (`realign.repair.quantise`).
+and they stand for (weight - zero_point) scale. Here: that layout, its config, and reading it back.
+Not here: how codes are made (`realign.subspace.quantiser`), which files they go to
+(`realign.repair.quantise`).
+
+Not `pack-quantized`, four codes a word: compressed-tensors 0.20 packs zero points, too, and then
+transformers 5.23 cannot load them (it expects them unpacked while a model is put together).
 """
 
 from __future__ import annotations
@@ -19,37 +22,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 BITS = 8
-FORMAT = "pack-quantized"
-ENDINGS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
-_PER_WORD = 4
+FORMAT = "int-quantized"
+ENDINGS = ("weight", "weight_scale", "weight_zero_point")
+_MIDDLE = 128
 
 
 @dataclass(frozen=True, eq=False)
-class PackedMatrix:
+class Int8Matrix:
     """One quantised weight as it is stored; see the module's docstring."""
 
-    packed: Tensor
+    weight: Tensor
     scale: Tensor
     zero_point: Tensor
-    shape: Tensor
 
     def tensors(self, module: str) -> dict[str, Tensor]:
         """Return its tensors by their names in a file."""
-        values = (self.packed, self.scale, self.zero_point, self.shape)
+        values = (self.weight, self.scale, self.zero_point)
         return {f"{module}.{end}": value for end, value in zip(ENDINGS, values, strict=True)}
 
     def decode(self) -> Tensor:
-        """Return (code - zero) step [d_out, d_in] in float32."""
-        d_out, d_in = (int(each) for each in self.shape)
-        codes = _unpack(self.packed)[:, :d_in]
-        zero = _unpack(self.zero_point.T.contiguous())[:, :d_out].T
-        return (codes - zero).float() * self.scale.float()
+        """Return (weight - zero_point) scale [d_out, d_in] in float32."""
+        return (self.weight.float() - self.zero_point.float()) * self.scale.float()
 
 
-def pack_matrix(codes: Tensor, *, zero: Tensor, step: Tensor, dtype: torch.dtype) -> PackedMatrix:
+def int8_matrix(codes: Tensor, *, zero: Tensor, step: Tensor, dtype: torch.dtype) -> Int8Matrix:
     """Return a matrix as it is stored.
 
     Args:
@@ -60,23 +58,19 @@ def pack_matrix(codes: Tensor, *, zero: Tensor, step: Tensor, dtype: torch.dtype
     """
     scale = step.to(dtype)
     assert torch.equal(scale.to(step.dtype), step), "a step that the file cannot hold"
-    return PackedMatrix(
-        packed=_pack(codes),
-        scale=scale.contiguous(),
-        zero_point=_pack(zero.T).T.contiguous(),
-        shape=torch.tensor(codes.shape, dtype=torch.int64),
+    return Int8Matrix(
+        (codes - _MIDDLE).to(torch.int8), scale.contiguous(), (zero - _MIDDLE).to(torch.int8)
     )
 
 
-def packed_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
+def int8_shapes(shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
     """Return the shapes of the tensors that stand for a weight, in the order of `ENDINGS`."""
-    d_out, d_in = shape
-    return (d_out, -(-d_in // _PER_WORD)), (d_out, 1), (-(-d_out // _PER_WORD), 1), (2,)
+    return shape, (shape[0], 1), (shape[0], 1)
 
 
-def read_packed(tensors: Mapping[str, Tensor], module: str) -> PackedMatrix:
+def read_int8(tensors: Mapping[str, Tensor], module: str) -> Int8Matrix:
     """Return the stored weight of a module."""
-    return PackedMatrix(*(tensors[f"{module}.{ending}"] for ending in ENDINGS))
+    return Int8Matrix(*(tensors[f"{module}.{ending}"] for ending in ENDINGS))
 
 
 def quantisation_config(ignore: Sequence[str]) -> dict[str, Any]:
@@ -111,15 +105,3 @@ def quantisation_config(ignore: Sequence[str]) -> dict[str, Any]:
             }
         },
     }
-
-
-def _pack(codes: Tensor) -> Tensor:
-    """Four codes of a row in one word."""
-    short = -codes.shape[1] % _PER_WORD
-    bytes_ = functional.pad(codes.to(torch.uint8), (0, short)).contiguous()
-    # torch views bytes in the machine's order; all machines that torch runs on are little-endian.
-    return bytes_.view(torch.int32)
-
-
-def _unpack(words: Tensor) -> Tensor:
-    return words.contiguous().view(torch.uint8).to(torch.int32)
