@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from realign.model.chat import EncodedReply
     from realign.model.loading import LoadedModel
     from realign.model.moments import Moments
+    from realign.subspace.spectrum import Decomposition
 
 Data: TypeAlias = Literal["safe", "harmful", "task", "keep", "pairs"]
 """Texts that a method may need:
@@ -45,6 +46,18 @@ Selection: TypeAlias = frozenset[str]
 """The slot keys that `select` chose."""
 
 
+class Decomposer(Protocol):
+    """Decomposes matrices for several repairs that need the same ones."""
+
+    def decompose(self, matrix: Tensor) -> Decomposition:
+        """As `realign.subspace.spectrum.decompose`."""
+        ...
+
+    def decompose_batch(self, matrices: Tensor) -> list[Decomposition]:
+        """As `realign.subspace.spectrum.decompose_batch`."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Statistics:
     """What `prepare` learned, for `edit`.
@@ -56,6 +69,8 @@ class Statistics:
         selection: what `select` chose; None where the method does not select.
         facts: of the whole run, for report and manifest ("kept_share", "loss_after", ...).
         provenance: what it was computed from (model digest, prompts, template, options).
+        decompositions: where safety vectors are decomposed that other repairs need, too; None:
+            this one alone needs them.
         disposable: every look-up gives tensors of its own, which may be overwritten.
     """
 
@@ -68,6 +83,7 @@ class Statistics:
     scores: Scores = field(default_factory=dict[str, Mapping[str, float]])
     selection: Selection | None = None
     facts: Mapping[str, float | int | str | None] = field(default_factory=dict[str, Any])
+    decompositions: Decomposer | None = None
 
     def moments(self, key: str) -> Moments | None:
         """Return the moments of the slot `key`, None if none were collected."""

@@ -39,6 +39,7 @@ from realign_cli.options import (
     Unaligned,
 )
 from realign_cli.repair_gate import RepairGate
+from realign_cli.repair_several import run_all, show_plans
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ EXAMPLES = (
         "a fine-tune that is an adapter: the same adapter with the repair in it",
     ),
     Example(
+        "realign repair ./law ./code --aligned org/model-instruct --base org/model \\\n"
+        "    --method delta_svd -o ./repaired",
+        "two fine-tunes of one family, to ./repaired/law and ./repaired/code",
+    ),
+    Example(
         "realign repair ./my-model --aligned org/model-instruct --base org/model \\\n"
         "    --audit --suite harmful.jsonl --suite safe.jsonl --policy policy.toml \\\n"
         "    -o ./repaired",
@@ -104,6 +110,12 @@ of too large a rank are refused, or truncated to `--max-patch-rank` with the err
 fine-tune that is itself a LoRA adapter becomes one new adapter over the same base: its own factors,
 bit for bit, and the repair's.
 
+`--layers` and `--modules` leave a part of the edits; the rest is copied, and the plan says why.
+Several fine-tunes of one family are planned first and then repaired one after the other; what
+depends on the family alone, activation statistics and decompositions of its safety vector, is
+worked out once. Each output is what a run of its own would write. Where one fails, the others
+stand, and the exit code is that of the failure.
+
 Exit codes: 0 done (and within policy, with `--audit`); 1 a gate failed or is inconclusive, or the
 run changed nothing; 2 could not complete, or there is nothing to repair. After 1 and 2 there is no
 output folder.
@@ -118,7 +130,11 @@ def join(app: typer.Typer) -> None:
 def repair(
     sink: Sink,
     finetuned: Annotated[
-        str, typer.Argument(metavar="FINETUNED", help="The checkpoint to repair.")
+        list[str],
+        typer.Argument(
+            metavar="FINETUNED...",
+            help="The checkpoint to repair; of several, each gets a folder of its name in DIR.",
+        ),
     ],
     *,
     aligned: Aligned = None,
@@ -274,6 +290,10 @@ def repair(
     """Repair a fine-tune that lost its safety training, without training it again."""
     if out is None and not dry_run:
         raise UsageError("a repair needs a folder for its output", "give one with -o DIR")
+    if audit and len(finetuned) > 1:
+        raise UsageError(
+            "--audit takes one fine-tune", "repair them together, then run realign audit on each"
+        )
     if audit and not suites:
         raise UsageError("--audit needs at least one suite", "give one with --suite FILE")
     if audit and policy is None:
@@ -296,7 +316,7 @@ def repair(
     if safety_vector is not None:
         chosen.append(f"safety_vector={safety_vector}")
     request = RepairRequest(
-        finetuned=finetuned,
+        finetuned=finetuned[0],
         output=out,
         method=method,
         settings=chosen,
@@ -328,8 +348,12 @@ def repair(
         command=("realign", *sys.argv[1:]),
     )
     if dry_run:
+        if len(finetuned) > 1:
+            return show_plans(sink, request, finetuned)
         return _show_plan(sink, request)
     assert out is not None
+    if len(finetuned) > 1:
+        return run_all(sink, request, finetuned, attach=_picture)
     gate = None
     if audit:
         gate = RepairGate(

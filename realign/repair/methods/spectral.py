@@ -34,7 +34,9 @@ class SpectralMethod(Method):
         delta_safe = self.safety_matrix(layer)
         if isinstance(delta_safe, Unchanged):
             return delta_safe
-        return self.edit_spectrum(layer, decompose(delta_safe))
+        shared = statistics.decompositions
+        found = decompose(delta_safe) if shared is None else shared.decompose(delta_safe)
+        return self.edit_spectrum(layer, found)
 
     def edit_batch(self, layers: Sequence[Layer], statistics: Statistics) -> list[Edit]:
         """Decompose the safety vectors of matrices of one shape in one call."""
@@ -47,7 +49,9 @@ class SpectralMethod(Method):
             else:
                 stack.append((number, delta_safe))
         if stack:
-            decomposed = decompose_batch(torch.stack([delta for _, delta in stack]))
+            matrices, shared = torch.stack([delta for _, delta in stack]), statistics.decompositions
+            together = decompose_batch if shared is None else shared.decompose_batch
+            decomposed = together(matrices)
             for (number, _), each in zip(stack, decomposed, strict=True):
                 found[number] = self.edit_spectrum(layers[number], each)
         return [found[number] for number in range(len(layers))]
