@@ -39,6 +39,7 @@ from realign.repair.plan_checks import (
     settle_texts,
 )
 from realign.repair.preparation import Data
+from realign.repair.quantise.encodable import check_encodable
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 from realign.repair.subset import Subset, narrow, parse_layers, parse_modules
@@ -233,6 +234,9 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         )
     subset = _subset(request, method, given)
     matching = _without_strength(narrow(matching, subset, method=method.name), request)
+    if request.encode is not None:
+        dials = bool(request.strengths)
+        check_encodable(method, matching, strength=request.strength, dials=dials)
     notes += check_rank(method, matching, inputs.finetuned)
     notes += _merge_notes(inputs.finetuned, matching)
     if not request.patch:  # a patch has no tokenizer of its own

@@ -3,8 +3,8 @@
 OUTPUT/compressed-tensors is a model folder that transformers loads with the package
 compressed-tensors. Its linear layers hold the codes of W diag(v), its norms carry 1 / v, everything
 else is copied. It is part of the output: it appears and is verified with it, and has a manifest of
-its own, so that it can be moved away. Here: what is written there, and what can be. Not here: the
-layout of those weights (`realign.checkpoint.int8`).
+its own, so that it can be moved away. Here: what is written there. Not here: what can be
+(`encodable`), the layout of those weights (`realign.checkpoint.int8`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from realign.checkpoint.int8 import (
     quantisation_config,
 )
 from realign.checkpoint.manifest import MANIFEST_NAME
-from realign.checkpoint.matching import Matching
 from realign.checkpoint.names import role_of
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.shards import ShardLayout, ShardWriter, TensorSpec, index_of
@@ -35,9 +34,7 @@ from realign.checkpoint.slots import Slot, logical_matrix
 from realign.checkpoint.space import require_space
 from realign.checkpoint.weights import INDEX_FILE
 from realign.checkpoint.writer import OutputFolder
-from realign.errors import UsageError
 from realign.progress import Progress
-from realign.repair.method import Method
 from realign.repair.preparation import Statistics
 from realign.repair.quantise.matrix import quantised_matrix
 from realign.repair.stream import read_slot
@@ -52,42 +49,6 @@ Manifest: TypeAlias = Callable[[Mapping[str, str], Sequence[ShardLayout]], Mappi
 """Makes a manifest's content from the hashes of its files and its weight files."""
 
 _CHUNK = 8 * 2**20
-
-
-def check_encodable(method: Method, matching: Matching, *, strength: float, dials: bool) -> None:
-    """Check that a repair can be written as integers.
-
-    Args:
-        method: settled.
-        matching: what it edits.
-        strength: the dial t.
-        dials: whether single layers have dials of their own.
-
-    Raises:
-        UsageError: it does not quantise to eight bits, is used at another strength than 1, or edits
-            weights that are no plain linear layers.
-    """
-    settings = method.settings()
-    if method.name != "q_realign" or settings["bits"] != BITS or not settings["quantise"]:
-        raise UsageError(
-            "--encode compressed-tensors writes the integers of q_realign at 8 bits, this run is "
-            f"{method.name}"
-            + (f" with bits = {settings['bits']}" if method.name == "q_realign" else ""),
-            "use --method q_realign --set bits=8, or leave --encode out",
-        )
-    if strength != 1.0 or dials:
-        raise UsageError(
-            "--encode needs strength 1: between the fine-tune and the repair there are no integers",
-            "leave --strength out",
-        )
-    for pair in matching.pairs:
-        for slot in pair.slots if pair.action == "edit" else ():
-            if slot.transposed or slot.expert is not None or slot.span is not None:
-                raise UsageError(
-                    f"{slot.tensor} is no plain linear layer: compressed-tensors has no integers "
-                    "for it",
-                    "leave --encode out: the de-quantised checkpoint is written all the same",
-                )
 
 
 def write_encoded(

@@ -1,0 +1,289 @@
+"""Integers beside a de-quantised repair: the same numbers, loadable, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+from support.model_support import gpt2, llama
+from support.quantise_support import TEXTS, save_pair
+from support.repair_support import ulp
+from torch import Tensor
+
+from realign.checkpoint.int8 import int8_matrix, read_int8
+from realign.checkpoint.reader import open_checkpoint
+from realign.checkpoint.verification import verify_output
+from realign.errors import CheckpointError, OutputError, UsageError
+from realign.repair.engine import RepairResult, repair
+from realign.repair.request import RepairRequest
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 48,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "bos_token_id": 2,
+    "eos_token_id": 3,
+}
+
+
+def gemma() -> Any:
+    torch.manual_seed(0)
+    config = transformers.GemmaConfig(**SHAPE, head_dim=6, initializer_range=0.3)
+    return transformers.GemmaForCausalLM(config).eval()
+
+
+def phi3() -> Any:
+    torch.manual_seed(0)
+    config = transformers.Phi3Config(
+        **SHAPE, max_position_embeddings=64, initializer_range=0.3, tie_word_embeddings=False
+    )
+    return transformers.Phi3ForCausalLM(config).eval()
+
+
+MODELS = {"llama": llama, "gemma": gemma, "phi3": phi3}
+
+
+def write_texts(folder: Path) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for name, prompts in TEXTS.items():
+        files[name] = folder / f"{name}.jsonl"
+        rows = [{"id": f"{name}{i}", "prompt": prompt} for i, prompt in enumerate(prompts)]
+        files[name].write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return files
+
+
+def run(folder: Path, *, encode: str | None = "compressed-tensors", **options: Any) -> RepairResult:
+    files = write_texts(folder)
+    settings = {"prompts": 24, "epochs_first": 1, "epochs_rest": 1}
+    settings |= options.pop("settings", {})
+    options = {"method": "q_realign", "output": folder / "out", **options}
+    return repair(
+        RepairRequest(
+            finetuned=folder / "finetuned",
+            aligned=folder / "aligned",
+            anchors=files["anchors"],
+            keep_data=files["keep"],
+            settings=settings,
+            encode=encode,
+            cache_dir=folder / "cache",
+            device="cpu",
+            **options,
+        )
+    )
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        found |= load_file(file)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:compressed_tensors.*")
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("llama", torch.float32),
+        ("llama", torch.bfloat16),
+        ("gemma", torch.bfloat16),
+        ("phi3", torch.float16),
+    ],
+)
+def test_the_integers_are_the_export(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    save_pair(tmp_path, MODELS[name](), dtype=dtype)
+    run(tmp_path)
+    out, packed = tmp_path / "out", tmp_path / "out" / "compressed-tensors"
+    plain, coded = stored(out), stored(packed)
+    modules = [key.removesuffix("_scale") for key in coded if key.endswith(".weight_scale")]
+    assert len(modules) == {"llama": 14, "gemma": 14, "phi3": 8}[name]
+    before = stored(tmp_path / "finetuned")
+    for weight in modules:
+        matrix = read_int8(coded, weight.removesuffix(".weight"))
+        assert matrix.weight.dtype == torch.int8 and matrix.scale.dtype == dtype
+        decoded = matrix.decode()
+        norm = norm_before(weight)
+        if norm is not None:  # the norm carries 1 / v in this folder: put v back
+            shift = 1.0 if name == "gemma" else 0.0
+            v = (before[norm].float() + shift) / (coded[norm].float() + shift)
+            assert not torch.allclose(v, torch.ones_like(v))
+            decoded = decoded / v
+        error = (decoded.double() - plain[weight].double()).abs()
+        # float32 arithmetic on the way counts where the file is float32 itself
+        assert (error <= ulp(plain[weight], dtype) * (1 if dtype != torch.float32 else 4)).all()
+    model, integers = (
+        transformers.AutoModelForCausalLM.from_pretrained(folder) for folder in (out, packed)
+    )
+    ids = torch.tensor([[2, 4, 7, 8, 9, 5]])
+    with torch.no_grad():
+        a, b = model(ids).logits.float(), integers(ids).logits.float()
+        bound = 2e-4 if dtype == torch.float32 else 0.06
+        assert (a - b).abs().max() <= bound * a.abs().max()
+        made = integers.generate(ids, max_new_tokens=4, do_sample=False)
+    assert made.shape[1] > ids.shape[1]
+
+
+def norm_before(weight: str) -> str | None:
+    head, module = weight.removesuffix(".weight").rsplit(".", 1)
+    block = head.rpartition(".")[0]
+    if module in ("q_proj", "k_proj", "v_proj", "qkv_proj"):
+        return f"{block}.input_layernorm.weight"
+    if module in ("gate_proj", "up_proj", "gate_up_proj"):
+        return f"{block}.post_attention_layernorm.weight"
+    return None
+
+
+def test_both_folders_are_verified_and_the_integers_are_refused_as_input(tmp_path: Path) -> None:
+    save_pair(tmp_path, llama())
+    run(tmp_path)
+    out = tmp_path / "out"
+    for folder in (out, out / "compressed-tensors"):
+        report = verify_output(folder)
+        assert report.intact and report.tensors > 0, report.problems
+    with pytest.raises(CheckpointError, match="compressed-tensors"):
+        open_checkpoint(out / "compressed-tensors")
+    with open_checkpoint(out) as checkpoint:  # the folder inside does not disturb its reader
+        assert not any("weight_scale" in name for name in checkpoint.tensors)
+    file = out / "compressed-tensors" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    for folder, where in ((out, f"{file.parent.name}/{file.name}"), (file.parent, file.name)):
+        (problem,) = verify_output(folder).problems
+        assert problem.where == where and "differs" in problem.what
+    file.unlink()
+    assert any("missing" in each.what for each in verify_output(out).problems)
+
+
+def test_without_the_option_nothing_else_is_written(tmp_path: Path) -> None:
+    save_pair(tmp_path, llama())
+    run(tmp_path, encode=None)
+    with_integers = tmp_path / "again"
+    run(tmp_path, output=with_integers)
+    assert not (tmp_path / "out" / "compressed-tensors").exists()
+    a, b = stored(tmp_path / "out"), stored(with_integers)
+    assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_an_output_of_several_files_has_an_index(tmp_path: Path) -> None:
+    paths = save_pair(tmp_path, llama())
+    for path in paths.values():
+        model = transformers.AutoModelForCausalLM.from_pretrained(path)
+        (path / "model.safetensors").unlink()
+        model.save_pretrained(path, max_shard_size="20KB")
+    run(tmp_path)
+    folder = tmp_path / "out" / "compressed-tensors"
+    index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
+    assert set(index["weight_map"]) == set(stored(folder))
+    assert len(set(index["weight_map"].values())) > 1
+    assert verify_output(folder).intact and verify_output(tmp_path / "out").intact
+
+
+def test_a_failure_at_the_end_leaves_nothing(tmp_path: Path) -> None:
+    save_pair(tmp_path, llama())
+
+    def full(folder: Path) -> None:
+        assert (folder / "compressed-tensors" / "model.safetensors").is_file()
+        raise OutputError("the disk is full")
+
+    files = write_texts(tmp_path)
+    request = RepairRequest(
+        finetuned=tmp_path / "finetuned",
+        aligned=tmp_path / "aligned",
+        anchors=files["anchors"],
+        keep_data=files["keep"],
+        method="q_realign",
+        settings={"prompts": 24, "epochs_first": 1, "epochs_rest": 1},
+        encode="compressed-tensors",
+        output=tmp_path / "out",
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+    )
+    before = {path.name for path in tmp_path.iterdir()}
+    with pytest.raises(OutputError, match="full"):
+        repair(request, before_commit=full)
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"cache"}
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"settings": {"bits": 4}}, "8 bits"),
+        ({"settings": {"quantise": False}}, "8 bits"),
+        ({"method": "wise_ft", "settings": {}}, "wise_ft"),
+        ({"strength": 0.5}, "strength 1"),
+        ({"patch": True}, "--patch"),
+        ({"encode": "gguf"}, "gguf"),
+    ],
+)
+def test_what_has_no_integers_is_refused(
+    options: dict[str, Any], what: str, tmp_path: Path
+) -> None:
+    save_pair(tmp_path, llama())
+    if options.get("method") == "wise_ft":
+        options = {**options, "settings": {}}
+        request = RepairRequest(
+            finetuned=tmp_path / "finetuned",
+            aligned=tmp_path / "aligned",
+            method="wise_ft",
+            encode="compressed-tensors",
+            output=tmp_path / "out",
+        )
+        with pytest.raises(UsageError, match=what):
+            repair(request)
+    else:
+        with pytest.raises(UsageError, match=what):
+            run(tmp_path, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_transposed_weights_have_no_integers(tmp_path: Path) -> None:
+    save_pair(tmp_path, gpt2())
+    with pytest.raises(UsageError, match="no plain linear layer"):
+        run(tmp_path)
+    run(tmp_path, encode=None)  # the de-quantised checkpoint is written all the same
+    assert verify_output(tmp_path / "out").intact
+
+
+def test_the_codes_of_a_row_by_hand() -> None:
+    # codes 0 1 2 3 of the row (-1, 0, 1, 2) with step 1 and zero 1
+    codes = torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    found = int8_matrix(codes, zero=torch.ones(1, 1), step=torch.ones(1, 1), dtype=torch.bfloat16)
+    assert found.weight.tolist() == [[-128, -127, -126, -125]]
+    assert found.zero_point.tolist() == [[-127]] and found.scale.dtype == torch.bfloat16
+    assert found.decode().tolist() == [[-1.0, 0.0, 1.0, 2.0]]
+    assert read_int8(found.tensors("m"), "m").decode().tolist() == found.decode().tolist()
+
+
+def test_the_control_through_the_engine_ends_as_an_empty_edit(tmp_path: Path) -> None:
+    from realign.errors import EmptyEditError
+
+    save_pair(tmp_path, llama())
+    with pytest.raises(EmptyEditError, match="this run is the control"):
+        run(tmp_path, encode=None, settings={"quantise": False})
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_on_what_is_measured_is_refused(tmp_path: Path) -> None:
+    # The trap of the published code: calibrated and evaluated on the same prompts.
+    from realign.errors import SuiteError
+
+    save_pair(tmp_path, llama())
+    for name in ("anchors", "keep"):
+        rows = [{"id": f"m{i}", "prompt": p} for i, p in enumerate(TEXTS[name])]
+        header = {"schema": "realign/suite/1", "name": "measured", "kind": "harmful"}
+        suite = tmp_path / f"measured-{name}.jsonl"
+        lines = [json.dumps(row) for row in (header, *rows[:3])]
+        suite.write_text("\n".join(lines) + "\n", "utf-8")
+        with pytest.raises(SuiteError, match=r"shares? 3 prompts"):
+            run(tmp_path, suites=(suite,))
+    assert not (tmp_path / "out").exists()
