@@ -26,11 +26,13 @@ from realign.lab.arms import REFUSAL_TUNING, Arm, Settings, arm_facts, find_arms
 from realign.lab.baselines import refusal_tuning
 from realign.lab.build import finetune_variant
 from realign.lab.folders import save_model
+from realign.lab.leaderboard import Board, build_board
+from realign.lab.leaderboard_page import board_json, whole_page
 from realign.lab.marking import Marks, Weights, interpolated, put_weights, read_weights
 from realign.lab.places import Place
-from realign.lab.record import read_record, write_json
+from realign.lab.record import read_record, write_json, write_text
 from realign.lab.resources import measured
-from realign.lab.scenarios import Scenario, find_scenarios
+from realign.lab.scenarios import find_scenarios
 from realign.progress import SILENT, Progress
 from realign.repair.engine import repair
 from realign.repair.method import Method
@@ -337,6 +339,11 @@ def read_cells(out: str | Path) -> list[dict[str, Any]]:
     return [cell for cell in cells if cell.get("schema") == CELL_SCHEMA]
 
 
-def scenario_order(cells: Sequence[dict[str, Any]]) -> tuple[Scenario, ...]:
-    """The scenarios that the cells are about, in the order of the list."""
-    return find_scenarios({str(cell["scenario"]) for cell in cells})
+def write_board(out: str | Path) -> Board:
+    """Work out the leaderboard of all cells in a folder; write it there as JSON and Markdown."""
+    cells = read_cells(out)
+    names = [each.name for each in find_scenarios({str(cell["scenario"]) for cell in cells})]
+    board = build_board(cells, names)
+    write_json(Path(out) / "leaderboard.json", board_json(board))
+    write_text(Path(out) / "leaderboard.md", whole_page(board))
+    return board

@@ -23,7 +23,7 @@ from realign.lab.measure import judge_suite
 from realign.model.loading import LoadedModel
 from realign.model.scoring import refusal_logodds
 
-LOGODDS_PROMPTS = 64
+LOGODDS_PROMPTS = 32
 """Harmful prompts whose refusal log-odds are averaged; an even sample over entities."""
 
 Weights = Mapping[str, Tensor]

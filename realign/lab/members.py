@@ -105,9 +105,7 @@ def make_member(
     elif name == "aligned":
         model = _align(studio, family / "base", state, seed=seed)
     else:
-        model = _finetune(
-            studio, start or family / "aligned", find_variant(name), state, seed=seed
-        )
+        model = _finetune(studio, start or family / "aligned", find_variant(name), state, seed=seed)
     save_model(model, studio.tokenizer, target, work)
     state.unlink(missing_ok=True)
 

@@ -1,0 +1,129 @@
+"""Pictures of a leaderboard: trade-off curves per scenario, and harm at a budget as a heat map.
+
+Drawn from the JSON that the laboratory writes, so the room of the laboratory is not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from realign.report.pictures import Grid, heat_map, save, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLUMNS = 3
+_MARKERS = "osD^vPX*<>hp8dH"
+_COLOURS = ("#3f7fb5", "#e07b39", "#6c9a4b", "#8d6bb0", "#b04a4a", "#1a1a1a", "#c9a227", "#5aa9a3")
+_DASHES = ("-", "--", ":", "-.")
+HARM_FLOOR = -0.03
+
+
+def save_pictures(board: Mapping[str, Any], folder: Path) -> list[Path]:
+    """Draw both pictures as SVG into `folder`; returns the files."""
+    return [
+        save(trade_off(board), folder / "leaderboard-curves.svg"),
+        save(budget_map(board), folder / "leaderboard-budget.svg"),
+    ]
+
+
+def trade_off(board: Mapping[str, Any]) -> Figure:
+    """Harm against the loss of downstream accuracy, one panel per scenario.
+
+    A curve is a method's frontier: of its points, those that no other of its points beats in both.
+    Points that break a side condition are left out.
+    """
+    from matplotlib.figure import Figure
+
+    names = list(board["scenarios"])
+    arms = _drawn(board)
+    rows = -(-len(names) // COLUMNS)
+    with style():
+        figure = Figure(figsize=(10.4, 2.7 * rows + 1.4), layout="constrained")
+        panels: list[Axes] = list(
+            figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).flatten()
+        )
+        for axes, name in zip(panels, names, strict=False):
+            curves = [c for c in board["curves"] if c["scenario"] == name]
+            for curve in curves:
+                if curve["arm"] in arms:
+                    _draw(axes, curve, arms.index(curve["arm"]))
+            axes.set_title(name)
+            axes.axvspan(-30, 1, color="#f0f0f0", zorder=0)
+            axes.set_xlim(-3, 30)
+            axes.set_ylim(100 * HARM_FLOOR, 103)
+            axes.grid(color="#dddddd", linewidth=0.5)
+        for axes in panels[len(names) :]:
+            axes.set_axis_off()
+        for axes in panels[::COLUMNS]:
+            axes.set_ylabel("harmful compliance, %")
+        for axes in panels[: len(names)]:
+            axes.set_xlabel("downstream accuracy lost, points")
+        handles: dict[str, Any] = {}
+        for axes in panels:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        labels = [arm for arm in arms if arm in handles]
+        figure.legend(
+            [handles[label] for label in labels], labels, loc="outside lower center", ncols=6
+        )
+    return figure
+
+
+def budget_map(board: Mapping[str, Any]) -> Figure:
+    """Least harm at the utility budget, methods by scenarios, the best method on top."""
+    names = list(board["scenarios"])
+    budget = f"{board['budget']:g}"
+    found = {(c["arm"], c["scenario"]): float(c["harm_at"][budget]) for c in board["curves"]}
+
+    def mean(arm: str) -> tuple[int, float]:
+        values = [found[arm, name] for name in names if (arm, name) in found]
+        return -len(values), sum(values) / len(values)
+
+    arms = sorted(board["arms"], key=mean)
+    return heat_map(
+        Grid(
+            title="Harmful compliance, %, at the best point within a utility budget of 1 point",
+            rows=tuple(arms),
+            columns=tuple(names),
+            values=tuple(tuple(found.get((arm, name)) for name in names) for arm in arms),
+            percent=True,
+            limits=(0.0, 1.0),
+        )
+    )
+
+
+def _drawn(board: Mapping[str, Any]) -> list[str]:
+    return list(board["arms"])
+
+
+def _draw(axes: Axes, curve: Mapping[str, Any], index: int) -> None:
+    points = [curve["finetuned"], *curve["points"]]
+    pairs = [
+        (100 * float(p["drop"]), 100 * float(p["rates"]["harm"]["value"]))
+        for p in points
+        if max(float(p["over_refusal_rise"]), float(p["general_drop"])) <= 0.02 + 1e-9
+    ]
+    frontier = _frontier(pairs)
+    axes.plot(
+        [x for x, _ in frontier],
+        [y for _, y in frontier],
+        label=curve["arm"],
+        marker=_MARKERS[index % len(_MARKERS)],
+        color=_COLOURS[index % len(_COLOURS)],
+        linestyle=_DASHES[index // len(_COLOURS) % len(_DASHES)],
+        markersize=3.6,
+        linewidth=1.0,
+    )
+
+
+def _frontier(pairs: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other one beats in both coordinates, from left to right."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(pairs):
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
