@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 LOW_SURVIVAL = 0.9
 """Below this share of the edit, the output's dtype has rounded much of it away."""
 
+ALMOST = 0.95
+"""Above this share of the entries kept, a filter hardly filters."""
+
 Outcome = Literal["edited", "unchanged"]
 
 
@@ -174,6 +177,17 @@ def remarks(rows: Sequence[TensorRow]) -> tuple[str, ...]:
         f"are truncated in the patch, the largest relative error is "
         f"{max([row.patch_error or 0.0 for row in rows], default=0.0):.3f}",
         "a larger --max-patch-rank is closer to the repair",
+    )
+    absolute = [row for row in rows if row.facts.get("budget") == "absolute"]
+    remark(
+        [row.key for row in absolute if _number(row.facts.get("kept_share"), above=0.0) > ALMOST],
+        f"keep more than {ALMOST:.0%} of the task vector",
+        "the budget does not bind; budget=relative scales with the size of the fine-tune",
+    )
+    remark(
+        [row.key for row in rows if row.facts.get("pruned_more")],
+        "lose more than twice the share of a row that was asked for",
+        "rows of an adapter's factors are short, and at least one entry of each is pruned",
     )
     return tuple(found)
 

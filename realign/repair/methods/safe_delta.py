@@ -24,6 +24,7 @@ from realign.subspace.masks import count_down, prefix_within
 from realign.subspace.obs import inverse_factor, sweep
 
 KEPT_ALL = "the whole task vector is within the budget"
+SCALES = "; budget=relative scales with the size of the fine-tune"
 
 UNIT = 4096
 """The width at which the published s is stated."""
@@ -181,7 +182,7 @@ class SafeDelta(Method):
         weight_oi = layer.require("aligned").to(cost_i.device, torch.float64, copy=True)
         sweep(weight_oi, factor.u_ii, choose=choose, block=self.block, group=self.sub_block)
         if kept_entries == d_out * d_in:
-            return Unchanged(KEPT_ALL)
+            return Unchanged(KEPT_ALL + (SCALES if self.budget == "absolute" else ""))
         facts = {
             "kept_share": kept_entries / (d_out * d_in),
             "budget": self.budget,

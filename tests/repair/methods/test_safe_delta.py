@@ -7,7 +7,7 @@ import torch
 from hypothesis import given as given_values
 from hypothesis import settings
 from hypothesis import strategies as st
-from support.obs_support import psd, safe_delta_by_definition
+from support.obs_support import Bench, psd, safe_delta_by_definition
 from support.subspace_support import KEY, error, given, input_moments, layer_of, matrix, repaired
 from torch import Tensor
 
@@ -64,7 +64,9 @@ def test_without_a_budget_the_aligned_weight_stands_there_bit_for_bit(
 )
 def test_with_every_entry_affordable_nothing_changes(method: SafeDelta) -> None:
     edit = method.edit(layer_of((6, 9)), moments_of(psd(9, seed=1)))
-    assert edit == Unchanged("the whole task vector is within the budget")
+    assert isinstance(edit, Unchanged)
+    assert edit.reason.startswith("the whole task vector is within the budget")
+    assert ("budget=relative" in edit.reason) is (method.budget == "absolute")
 
 
 def test_by_hand_only_one_column_is_kept() -> None:
@@ -252,3 +254,16 @@ def test_a_relative_budget_above_the_whole_is_refused() -> None:
     with pytest.raises(UsageError, match=r"s = 1\.5 is out of range.*relative"):
         SafeDelta(s=1.5, budget="relative")
     assert SafeDelta(s=1.5).s == 1.5
+
+
+def test_a_relative_budget_that_keeps_everything_is_no_run() -> None:
+    with pytest.raises(UsageError, match="keeps the whole task vector"):
+        SafeDelta(s=1.0, budget="relative", drop_fraction=0.0).check_settings()
+    SafeDelta(s=1.0, budget="relative").check_settings()
+    SafeDelta(s=1.0, drop_fraction=0.0).check_settings()
+
+
+def test_it_runs_the_unmodified_aligned_model_on_all_tokens_of_safe_dialogues() -> None:
+    bench = Bench({})
+    SafeDelta(samples=128).prepare(bench)
+    assert bench.asked == [("input_moments", "aligned", "safe", "all", False, 128)]
