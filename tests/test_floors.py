@@ -25,6 +25,7 @@ FLOORS: dict[str, int] = {
     "repair": 4,
     "lab": 5,
     "report": 5,
+    "tune": 5,
     "api": 6,
     "realign_cli": 7,
 }

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from realign.errors import MissingExtraError, RealignError
 
 DEBUG_VARIABLE = "REALIGN_DEBUG"
-_EXTRA_OF_PACKAGE = {"peft": "train", "accelerate": "train"}
+_EXTRA_OF_PACKAGE = {"peft": "train", "accelerate": "train", "optuna": "tune"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,18 @@ import typer
 
 from realign._version import __version__
 from realign_cli.command import FLAG, Example, HelpOption, epilog
-from realign_cli.commands import audit, demo, diff, lab, methods, patch, repair, subspace, verify
+from realign_cli.commands import (
+    audit,
+    demo,
+    diff,
+    lab,
+    methods,
+    patch,
+    repair,
+    subspace,
+    tune,
+    verify,
+)
 from realign_cli.errors import report
 from realign_cli.imports import leave_the_rest
 from realign_cli.sink import Sink
@@ -74,7 +85,7 @@ def root(
     """Repair and audit fine-tuned language models that lost their safety training."""
 
 
-for _module in (demo, repair, verify, diff, audit, subspace, methods):
+for _module in (demo, repair, tune, verify, diff, audit, subspace, methods):
     _module.join(app)
 app.add_typer(patch.group, name="patch")
 app.add_typer(lab.group, name="lab")

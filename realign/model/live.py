@@ -1,7 +1,7 @@
-"""The stored tensors of a checkpoint inside its running model, as views into its weights.
+"""Stored tensors of a checkpoint inside its running model, as views into its weights.
 
-Here: finding a stored tensor's numbers in the parameters, also where single experts on disk are one
-stack in memory. Not here: the renaming rules (`modules`), what is written (repair and tuning).
+Here: whole tensors of any shape, for edits entry by entry. Not here: logical matrices
+(`slot_views`), the renaming rules (`modules`).
 """
 
 from __future__ import annotations
@@ -11,18 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from realign.checkpoint.slots import Slot, logical_matrix, stored_rows
 from realign.model.modules import Home, ModuleFinder
 
 
-class LiveWeights:
-    """Views of one model's weights by the names of its checkpoint."""
+class LiveTensors:
+    """Views of one model's weights by the names of its checkpoint; writing to one writes to it."""
 
     def __init__(self, model: Any) -> None:
         """Take a transformers model, adapters merged."""
         self._finder = ModuleFinder(model)
 
-    def stored(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
+    def find(self, name: str, shape: tuple[int, ...]) -> Tensor | None:
         """A stored tensor as it stands in memory; None where the model holds none of that shape.
 
         Args:
@@ -38,19 +37,6 @@ class LiveWeights:
         return next(
             (view for view in _views(parameter.detach(), home) if tuple(view.shape) == shape), None
         )
-
-    def matrix(self, slot: Slot, shape: tuple[int, ...]) -> Tensor | None:
-        """The logical matrix of a slot, [d_out, d_in] (or its tensor, where that is no matrix).
-
-        Args:
-            slot: the matrix.
-            shape: of the stored tensor it lies in.
-        """
-        whole = self.stored(slot.tensor, shape)
-        if whole is None:
-            return None
-        first, last = stored_rows(slot, shape)
-        return logical_matrix(whole[first:last] if shape else whole, slot)
 
 
 def _views(parameter: Tensor, home: Home) -> Iterator[Tensor]:

@@ -17,8 +17,7 @@ from transformers import (
 )
 
 from realign.checkpoint.reader import open_checkpoint
-from realign.checkpoint.slots import logical_matrix, slots_of, stored_rows
-from realign.model.live import LiveWeights
+from realign.model.live import LiveTensors
 
 SIZES = {
     "vocab_size": 20,
@@ -48,22 +47,19 @@ def test_every_stored_tensor_is_a_view(make: type, tmp_path: Path) -> None:
     torch.manual_seed(0)
     make().save_pretrained(tmp_path)
     model = type(make()).from_pretrained(tmp_path)
-    live = LiveWeights(model)
+    live = LiveTensors(model)
     with open_checkpoint(tmp_path) as checkpoint:
         for name, info in checkpoint.tensors.items():
-            whole = checkpoint.read(name)
-            for slot in slots_of(checkpoint, name):
-                view = live.matrix(slot, info.shape)
-                assert view is not None, slot.key
-                first, last = stored_rows(slot, info.shape)
-                assert torch.equal(view, logical_matrix(whole[first:last], slot)), slot.key
-                view += 1.0  # it is the weight itself, not a copy
-                again = live.matrix(slot, info.shape)
-                assert again is not None and torch.equal(again, view)
-                assert again.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
+            view = live.find(name, info.shape)
+            assert view is not None, name
+            assert torch.equal(view, checkpoint.read(name)), name
+            view += 1.0  # it is the weight itself, not a copy
+            again = live.find(name, info.shape)
+            assert again is not None and torch.equal(again, view)
+            assert again.untyped_storage().data_ptr() == view.untyped_storage().data_ptr()
 
 
 def test_what_the_model_lacks_is_none(tmp_path: Path) -> None:
-    live = LiveWeights(phi3())
-    assert live.stored("model.layers.9.mlp.down_proj.weight", (16, 24)) is None
-    assert live.stored("model.layers.0.mlp.down_proj.weight", (24, 16)) is None
+    live = LiveTensors(phi3())
+    assert live.find("model.layers.9.mlp.down_proj.weight", (16, 24)) is None
+    assert live.find("model.layers.0.mlp.down_proj.weight", (24, 16)) is None

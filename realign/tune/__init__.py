@@ -1,0 +1,1 @@
+"""Finding the strength of a repair: the search, its limits, and the run on held-out prompts."""
