@@ -19,13 +19,14 @@ from realign.repair.methods.irr import Irr
 from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.nlsr import Nlsr
-from realign.repair.methods.q_realign import QRealign
 from realign.repair.methods.one_shot import OneShot
+from realign.repair.methods.q_realign import QRealign
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.safe_delta import SafeDelta
 from realign.repair.methods.safe_lora import SafeLora
 from realign.repair.methods.safemerge import Safemerge
+from realign.repair.methods.somf import Somf
 from realign.repair.methods.wise_ft import WiseFt
 from realign.repair.parameters import split_settings
 
@@ -48,6 +49,7 @@ METHODS: Mapping[str, type[Method]] = {
         Replace,
         QRealign,
         OneShot,
+        Somf,
     )
 }
 
