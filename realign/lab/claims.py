@@ -47,8 +47,8 @@ from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.ranks import choose_rank
 from realign.repair.methods.scatter import OutputSpectrum, output_spectrum
 from realign.repair.plan_anchors import MIN_ANCHORS
+from realign.repair.refusals import MAX_REPLY_TOKENS
 from realign.repair.stream import read_slot
-from realign.repair.workbench import MAX_REPLY_TOKENS
 from realign.subspace.projector import isolation
 from realign.subspace.vectors import difference
 
@@ -94,7 +94,7 @@ def measure_claims(
     """
     folder = Path(family)
     record = read_record(folder)
-    others = _others(folder, finetunes, general)
+    others = family_models(folder, finetunes, general)
     method = Lssf()
     suite = load_suite(folder / "suites" / "anchors.jsonl")
     with ExitStack() as stack:
@@ -113,8 +113,8 @@ def measure_claims(
             _measure_matrix(
                 slot,
                 method,
-                weights={"aligned": _weight(aligned, slot)}
-                | {name: _weight(checkpoint, slot) for name, checkpoint in opened.items()},
+                weights={"aligned": slot_weight(aligned, slot)}
+                | {name: slot_weight(checkpoint, slot) for name, checkpoint in opened.items()},
                 moments={"aligned": reference, **moments},
             )
             for slot in slots
@@ -249,14 +249,25 @@ def _requests(
     return requests
 
 
-def _weight(checkpoint: Checkpoint, slot: Slot) -> Tensor:
+def slot_weight(checkpoint: Checkpoint, slot: Slot) -> Tensor:
+    """A logical matrix [d_out, d_in] as it is stored."""
     return logical_matrix(read_slot(checkpoint, slot), slot)
 
 
-def _others(
+def family_models(
     folder: Path, finetunes: Iterable[str] | None, general: str | Path | None
 ) -> dict[str, Path]:
-    """Every model beside the aligned one: base, unaligned, the fine-tunes."""
+    """Every model beside the aligned one: base, unaligned, the fine-tunes.
+
+    Args:
+        folder: the family's.
+        finetunes: names of fine-tunes; None: all that are there.
+        general: the fine-tune on general skills; None: the family's own, or none.
+
+    Raises:
+        NotFoundError: a model is missing.
+        UsageError: there is no fine-tune.
+    """
     fixed = ("base", "unaligned", GENERAL)
     if finetunes is None:
         present = {path.name for path in folder.iterdir() if _is_model(path)}

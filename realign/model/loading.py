@@ -26,6 +26,7 @@ from realign.model.chat import chat_template, chat_template_sha256, end_of_turn_
 from realign.model.devices import pick_device
 from realign.model.pretrained import attach_adapter, dtype_on_disk, tokenizer_in, weights_in
 from realign.model.quiet import quiet_libraries
+from realign.model.unit_weights import in_dtype
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class LoadedModel:
     chat_template_sha256: str | None
     """Of the template in use; None where there is none (the model can be run, not asked)."""
     dtype: torch.dtype
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether its weights are read when they are needed."""
+        return False
 
     @property
     def vocabulary_rows(self) -> int:
@@ -76,12 +82,17 @@ class LoadedModel:
         return 4 * self.dtype.itemsize * (width if isinstance(width, int) else 0)
 
     @contextmanager
-    def held_weights(self) -> Generator[Callable[[], None]]:
-        """While it is open, weights that were read for a block stay until the function is called.
+    def held_weights(self, dtype: torch.dtype | None = None) -> Generator[Callable[[], None]]:
+        """While it is open, weights that were made ready for a block stay until it is called.
 
-        Only matters for a model that is read block by block.
+        Args:
+            dtype: what the model runs in meanwhile; None: its own.
         """
-        yield lambda: None
+        if dtype is None or dtype == self.dtype:
+            yield lambda: None
+            return
+        with in_dtype(self.model, dtype) as weights, weights.hold() as let_go:
+            yield let_go
 
     def unload(self) -> None:
         """Free the weights. The object can no longer be run."""
@@ -103,6 +114,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     template_from: str | Path | Checkpoint | None = None,
     merge: bool = False,
+    offload: bool = False,
 ) -> LoadedModel:
     """Load a checkpoint for running.
 
@@ -113,6 +125,7 @@ def load_model(
         dtype: of the weights; default: the dtype of most weights on disk.
         template_from: a folder or checkpoint whose chat template replaces the model's own.
         merge: an adapter changes the weights of its base, instead of running beside them.
+        offload: read weights when they are needed instead of holding them; an adapter is merged.
 
     Raises:
         ModelError: the folder cannot be run: unknown architecture, code of its own, missing or
@@ -124,6 +137,8 @@ def load_model(
     place = pick_device(device)
     places = _find(source)
     folder, adapter = places.model, places.adapter
+    if offload:
+        raise ModelError(f"{places.name} cannot be read block by block yet")
     with quiet_libraries():
         tokenizer = tokenizer_in(folder, adapter)
         if template_from is not None:

@@ -171,7 +171,7 @@ def collect_moments(
     )
     waves = list(waves_of(plan, ids, position_bytes=loaded.position_bytes, held_bytes=held_bytes))
     kept = _InMemory()
-    stage = Stage(probes, watches, sink or kept)
+    stage = Stage(probes, watches, kept if sink is None else sink)
     run = Run()
     handles = [
         probe.module.register_forward_hook(hook(probe, run), with_kwargs=True) for probe in probes

@@ -43,9 +43,6 @@ class MomentsWriter:
         self._index: dict[str, tuple[int, int, MomentKind]] = {}
         self._sets = 0
 
-    def __len__(self) -> int:
-        return len(self._index)
-
     def put(self, keys: Sequence[str], moments: Moments) -> None:
         """Write the moments that `keys` share, or merge them with those they have.
 

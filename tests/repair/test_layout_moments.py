@@ -18,9 +18,9 @@ from torch import Tensor
 from realign.checkpoint.slots import slot_shape
 from realign.model.moments import MomentRequest
 from realign.repair.engine import repair
+from realign.repair.measured import moment_requests
 from realign.repair.plan import plan_repair
 from realign.repair.request import RepairRequest, open_inputs
-from realign.repair.workbench import moment_requests
 
 FAMILY = Path(__file__).parents[2] / "fixtures" / "small"
 

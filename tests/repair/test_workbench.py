@@ -20,7 +20,7 @@ from realign.model.moments import Moments, MomentSet
 from realign.model.moments_file import save_moments
 from realign.progress import SilentProgress
 from realign.repair import plan as plan_module
-from realign.repair import workbench
+from realign.repair import refusals, workbench
 from realign.repair.engine import RepairResult, repair
 from realign.repair.record import versions
 from realign.repair.request import RepairRequest
@@ -200,7 +200,7 @@ def _other_judge(
     family: dict[str, Path], folder: Path, patched: pytest.MonkeyPatch
 ) -> dict[str, Any]:
     judge = replace(keyword_judge(), mode="anywhere")
-    patched.setattr(workbench, "keyword_judge", lambda: judge)
+    patched.setattr(refusals, "keyword_judge", lambda: judge)
     return {}
 
 
@@ -317,7 +317,7 @@ def test_other_tokens_reuse_the_answers(
     def no_answers(*_: Any, **__: Any) -> None:
         raise AssertionError("the anchors were asked again")
 
-    monkeypatch.setattr(workbench, "generate", no_answers)
+    monkeypatch.setattr(refusals, "generate", no_answers)
     _repair(family, tmp_path / "two", tmp_path / "cache", settings={"tokens": "all"})
 
 
