@@ -317,14 +317,17 @@ def test_lab_builds_and_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (out / "howto2_p5" / "model.safetensors").is_file()
 
 
-def test_lab_claims_prints_both_claims(tmp_path: Path) -> None:
+def test_lab_claims_prints_all_four_claims(tmp_path: Path) -> None:
     out = tmp_path / "claims.json"
     result = realign("lab", "claims", FAMILY, "--general", model(), "-o", out)
     assert result.exit_code == 0, result.stderr
-    for words in ("Stability", "Isolation", "By layer", "disjoint halves", "safe_base"):
+    tables = ("Stability", "Isolation", "By layer", "disjoint halves", "safe_base")
+    for words in (*tables, "R_ft / R_align", "cos with V", "Spearman"):
         assert words in result.stdout
     assert result.stdout.splitlines()[-1] == str(out)
-    assert len(json.loads(out.read_text())["matrices"]) == 14
+    document = json.loads(out.read_text())
+    assert len(document["matrices"]) == 14
+    assert "howto2_p5" in document["vectors"]["directions"] and "moved" not in document
     refused = realign("lab", "claims", FAMILY, "-o", out)
     assert refused.exit_code != 0
     assert "exists" in refused.stderr

@@ -49,8 +49,15 @@ LSSF (arXiv 2602.00038) claims that the subspace in which the aligned model's ou
 refuses is stable under fine-tuning and isolated from general ability. Stability is the overlap of
 that subspace with another model's, on the same texts and on disjoint halves of them; "aligned" on
 disjoint halves is the noise ceiling. Isolation is the share of a weight delta that lies in the
-subspace, against chance; excess 1 ignores it. Numbers with 95 % bootstrap intervals over matrices,
-which take the matrices as independent; never pass or fail.
+subspace, against chance; excess 1 ignores it.
+
+LoX (arXiv 2506.15606) claims that R_ft / R_align falls as safety is lost; AsFT (arXiv 2506.08473)
+that harmful perturbations are orthogonal to the alignment vector aligned - base. Both are shown for
+every update, beside the harmful compliance that was measured and the update's size. --moved also
+runs the aligned model moved along that vector, and by the parts of the harmful update.
+
+Numbers with 95 % bootstrap intervals over matrices, which take the matrices as independent; never
+pass or fail.
 
 The general-skills delta needs the variant `general`: `realign lab build FAMILY --variant general`
 with the family's preset and seed adds it.
@@ -59,8 +66,8 @@ with the family's preset and seed adds it.
 COMPARE_EXAMPLES = (
     Example("realign lab compare ./family -o ./board", "everything, three seeds: many hours"),
     Example(
-        "realign lab compare ./family -o ./board --methods lox,resta --scenarios poison5 --seeds 1",
-        "two methods on one scenario",
+        "realign lab compare ./family -o ./board --methods lox,resta --seeds 1",
+        "two methods, one seed",
     ),
     Example(
         "realign lab compare ./family -o ./board --budget-seconds 3600",
@@ -149,19 +156,28 @@ def claims(
             "--general", metavar="MODEL", help="The general-skills fine-tune, if kept elsewhere."
         ),
     ] = None,
+    moved: Annotated[
+        bool,
+        typer.Option(
+            "--moved", help="Also run the aligned model moved along its vector and across it."
+        ),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", metavar="FILE", help="Write every figure here, as JSON."),
     ] = None,
     device: Device = "cpu",
 ) -> int | None:
-    """Measure whether LSSF's subspace is stable under fine-tuning and isolated, as it claims."""
+    """Measure what LSSF, LoX and AsFT claim about safety in weights, on a family."""
     if out is not None and out.exists():
         raise OutputError(f"{out} exists already", "remove it, or choose another -o")
 
     with swift_imports():
         from realign.lab.claims import measure_claims
+        from realign.lab.claims_moved import measure_moved
+        from realign.lab.claims_weights import measure_weight_claims
         from realign.lab.record import write_json
+        from realign_cli import claim_tables
 
     found = measure_claims(
         family,
@@ -170,11 +186,19 @@ def claims(
         device=device,
         progress=sink.progress,
     )
+    weights = measure_weight_claims(family, finetunes=finetunes or None, general=general)
+    document = {**found.to_json(), "vectors": weights.to_json()}
+    shown = [claim_tables.directions(weights), "", claim_tables.associations(weights)]
+    if moved:
+        apart = measure_moved(family, device=device, progress=sink.progress)
+        document["moved"] = apart.to_json()
+        shown += ["", claim_tables.moved(apart)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(out, found.to_json())
-    sink.document(found.to_json())
+        write_json(out, document)
+    sink.document(document)
     sink.show(_stability(found.whole), "", _isolation(found.whole), "", _layers(found.layers))
+    sink.show("", *shown)
     if "general" not in found.whole.share:
         sink.note("no general-skills fine-tune: add it with realign lab build, --variant general")
     if out is not None:
