@@ -38,11 +38,13 @@ from realign.repair.methods.irr import Irr
 from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.nlsr import Nlsr
+from realign.repair.methods.one_shot import OneShot
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.safe_delta import SafeDelta
 from realign.repair.methods.safe_lora import SafeLora
 from realign.repair.methods.safemerge import Safemerge
+from realign.repair.methods.somf import Somf
 from realign.repair.methods.wise_ft import WiseFt
 from realign.repair.preparation import Statistics
 from realign.repair.registry import METHODS
@@ -63,6 +65,12 @@ def prepared(method: Method, layer: Layer) -> Statistics:
     if isinstance(method, CosineMethod):
         chosen = selected(method, [layer])
         return dataclasses.replace(found, scores=chosen.scores, selection=chosen.selection)
+    if isinstance(method, Somf):  # logits of both signs, as training leaves them
+        logits = matrix(rows, 1 if method.granularity == "row" else columns, seed=21)
+        return Statistics(tables={"logits": {layer.key: logits}})
+    if isinstance(method, OneShot):
+        left, right = matrix(rows, 2, seed=22, scale=0.1), matrix(2, columns, seed=23, scale=0.1)
+        return Statistics(tables={"left": {layer.key: left}, "right": {layer.key: right}})
     if isinstance(method, Nlsr):
         cosine = method.score(layer, found)
         if isinstance(cosine, float):
@@ -80,6 +88,18 @@ def post_hoc_lox(layer: Layer) -> Tensor:
     """As published (arXiv 2506.15606), dense: Wf + alpha trunc_k(Wa - W0)."""
     delta = layer.require("aligned") - layer.require("base")
     return layer.finetuned + 1.25 * dense_svd_edit(delta, 3)
+
+
+def constant_mask(method: Somf, layer: Layer, *, sign: float = 1.0) -> Tensor:
+    """W' of SOMF with one logit for all entries."""
+    logits = torch.full_like(layer.finetuned, 0.3 * sign)
+    return repaired(method, layer, Statistics(tables={"logits": {layer.key: logits}}))
+
+
+def three(layer: Layer) -> Layer:
+    """The layer with two further fine-tunes."""
+    more = (matrix(*layer.finetuned.shape, seed=seed, scale=0.1) for seed in (51, 52))
+    return dataclasses.replace(layer, also=tuple(wa(layer) + each for each in more))
 
 
 def wa(layer: Layer) -> Tensor:
@@ -104,6 +124,8 @@ def at_full_rank(layer: Layer) -> Replace:
     return Replace(rank=min(layer.finetuned.shape))
 
 
+SOMF = Somf(space="merged", granularity="element")
+
 IDENTITIES: dict[str, tuple[Callable[[Layer], Tensor], Callable[[Layer], Tensor]]] = {
     "delta_svd rank k = lox post-hoc k": (
         of(DeltaSvd(rank=3, alpha=1.25, **BASE)),
@@ -127,6 +149,21 @@ IDENTITIES: dict[str, tuple[Callable[[Layer], Tensor], Callable[[Layer], Tensor]
     "resta with DARE at rate 0 = resta": (
         of(Resta(gamma=0.4, dare="task", drop_rate=0.0, **BASE)),
         of(Resta(gamma=0.4, **BASE)),
+    ),
+    "somf of one model, constant mask = Wf": (
+        lambda layer: constant_mask(SOMF, layer),
+        wf,
+    ),
+    "somf of one model, constant soft mask, rescaled = Wf": (
+        lambda layer: constant_mask(dataclasses.replace(SOMF, mode="soft"), layer, sign=-1.0),
+        wf,
+    ),
+    "somf of several models, constant mask, TA = Wa + lambda sum of task vectors": (
+        lambda layer: constant_mask(dataclasses.replace(SOMF, merge_lambda=0.3), three(layer)),
+        lambda layer: (
+            wa(layer)
+            + 0.3 * sum(each - wa(layer) for each in (layer.finetuned, *three(layer).also))
+        ),
     ),
     "safemerge Ws = Wa, tau > 1 = wise_ft a = 1 - w": (
         of(Safemerge(tau=1.01, w=0.7, safety_model="aligned")),
@@ -232,6 +269,8 @@ def every_method(kind: str) -> dict[str, Method]:
         "resta, DARE on the task vector": Resta(dare="task", **vector),
         "safe_lora": SafeLora(tau=2.0, **vector),
         "safemerge": Safemerge(tau=2.0, safety_model="aligned", **vector),
+        "somf": SOMF,
+        "one_shot": OneShot(),
         "safe_delta": SafeDelta(s=0.3, budget="relative"),
         "irr": Irr(**vector),
         "nlsr": Nlsr(reference="aligned", space="merged", fraction=1.0),
@@ -250,13 +289,14 @@ FORM_A = {
     "resta",
     "resta, DARE on the safety vector",
 }
+ALONE = {"one_shot"}  # reads the fine-tune only
 USES_VECTOR = FORM_A | {"safe_lora", "safemerge", "irr", "replace"}
-FORM_B = [name for name in NAMES if name not in FORM_A and "DARE" not in name]
+FORM_B = [name for name in NAMES if name not in FORM_A | ALONE and "DARE" not in name]
 methods = pytest.mark.parametrize("name", NAMES)
 
 
 def test_every_method_from_weights_and_moments_is_here() -> None:
-    elsewhere = {"q_realign", "one_shot", "somf", "safe_patching"}  # they run a model to edit
+    elsewhere = {"q_realign", "safe_patching"}  # held to the same in their own tests
     assert {method.name for method in every_method("base").values()} >= set(METHODS) - elsewhere
 
 
