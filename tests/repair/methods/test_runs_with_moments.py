@@ -64,6 +64,18 @@ def run(out: Path, method: str, settings: Mapping[str, Any], **request: Any) -> 
     return repair(RepairRequest(output=out, method=method, settings=settings, **given | request))
 
 
+def rendered(tokenizer: Any, line: Mapping[str, str]) -> tuple[list[int], int]:
+    """Tokens of a whole dialogue, end of turn and all, and where its reply starts."""
+    asked = [{"role": "user", "content": line["prompt"]}]
+    whole = [*asked, {"role": "assistant", "content": line["response"]}]
+    prompt = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    ids, start = (
+        tokenizer(text, add_special_tokens=False)["input_ids"]
+        for text in (tokenizer.apply_chat_template(whole, tokenize=False), prompt)
+    )
+    return ids, len(start)
+
+
 def inputs_of(folder: str | Path, lines: Sequence[Mapping[str, str]], module: str) -> Tensor:
     """X [d_in, N] of one module over all tokens, taken by a hook of the reference library."""
     base, _, adapter = str(folder).partition("+")
@@ -76,12 +88,7 @@ def inputs_of(folder: str | Path, lines: Sequence[Mapping[str, str]], module: st
         lambda _, args: seen.append(args[0][0].double().T)
     )
     for line in lines:
-        turns = [
-            {"role": "user", "content": line["prompt"]},
-            {"role": "assistant", "content": line["response"]},
-        ]
-        whole = tokenizer.apply_chat_template(turns, tokenize=False)
-        ids = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        ids, _ = rendered(tokenizer, line)
         with torch.no_grad():
             model(torch.tensor([ids]))
     handle.remove()
@@ -244,6 +251,42 @@ def test_irr_puts_conflicts_back_and_recalibrates_on_the_task(tmp_path: Path, ca
         assert torch.equal(found[name][conflicts], aligned[name][conflicts])
         assert row.facts["conflict_share"] == pytest.approx(float(conflicts.float().mean()))
         assert not torch.equal(found[name][~conflicts], finetuned[name][~conflicts])
+
+
+def test_irr_keeps_the_conflicts_on_which_refusals_depend_least(
+    tmp_path: Path, texts: Mapping[str, Path], cache: Path
+) -> None:
+    run(
+        tmp_path / "out",
+        "irr",
+        {"keep_fraction": 0.5, "recalibrate": False, "fisher_samples": 5},
+        unaligned=SMALL / "unaligned",
+        safe_data=texts["safe"],
+        cache_dir=cache,
+        modules="q_proj",
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL / "aligned")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(SMALL / "aligned").double()
+    fisher: Tensor = torch.zeros(128, 128).double()
+    for line in REFUSALS[:5]:
+        ids, start = rendered(tokenizer, line)
+        model.zero_grad()
+        labels = torch.tensor([[-100] * start + ids[start:]])
+        model(torch.tensor([ids]), labels=labels).loss.backward()
+        fisher += model.get_parameter(Q0).grad.square() / 5
+    aligned, finetuned, unaligned, found = (
+        read_folder(folder)[Q0]
+        for folder in (SMALL / "aligned", SMALL / "both_p5", SMALL / "unaligned", tmp_path / "out")
+    )
+    conflicts = (finetuned - aligned) * (aligned - unaligned) < 0
+    middle = fisher[conflicts].median()
+    clear = conflicts & ((fisher / middle).log().abs() > 1e-3)
+    stays = clear & (fisher < middle)
+    goes = clear & (fisher > middle)
+    assert int(stays.sum()) > 1000
+    assert torch.equal(found[stays], finetuned[stays])
+    assert torch.equal(found[goes], aligned[goes])
+    assert torch.equal(found[~conflicts], finetuned[~conflicts])
 
 
 def test_nlsr_repairs_the_least_similar_half_with_the_reference(
