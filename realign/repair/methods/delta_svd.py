@@ -13,7 +13,7 @@ from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.method import Card, CostClass
-from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.methods.ranks import check_eta, choose_rank, spectrum_facts
 from realign.repair.methods.spectral import SpectralMethod
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
 from realign.subspace.projector import direction_weights, energy_share
@@ -85,6 +85,10 @@ class DeltaSvd(SpectralMethod):
         source="LoX takes `base`",
     )
     """Aligned minus base or aligned minus unaligned; `auto` takes `base` if it was given."""
+
+    def check_settings(self) -> None:
+        """Refuse an eta of 0 or 1 where a rule reads it."""
+        check_eta(self.rank, self.eta)
 
     def safety_matrix(self, layer: Layer) -> Tensor | Unchanged:
         """Return delta_safe, or why the layer is left alone."""

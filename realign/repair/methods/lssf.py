@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.method import Card, CostClass, Method
-from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.methods.ranks import check_eta, choose_rank, spectrum_facts
 from realign.repair.methods.scatter import output_spectrum
 from realign.repair.parameters import Choice, Either, Integer, Nothing, Real, parameter
 from realign.repair.preparation import Statistics, Workbench
@@ -120,6 +120,10 @@ class Lssf(Method):
 
     min_tokens: int = parameter(256, Integer(1), symbol="N", source="our addition")
     """Matrices with fewer counted tokens (a cold expert) are left unchanged."""
+
+    def check_settings(self) -> None:
+        """Refuse an eta of 0 or 1 where a rule reads it."""
+        check_eta(self.rank_rule, self.eta)
 
     def prepare(self, workbench: Workbench) -> Statistics:
         """Collect the moments of the aligned model on the anchors."""

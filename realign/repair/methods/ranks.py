@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from realign.errors import UsageError
 from realign.subspace.entropy import (
     effective_rank,
     energy_rank,
@@ -15,6 +16,24 @@ from realign.subspace.entropy import (
 )
 from realign.subspace.projector import degenerate_cut
 from realign.subspace.spectrum import numerical_rank
+
+
+def check_eta(rule: int | str, eta: float) -> None:
+    """Refuse thresholds at which a rule chooses nothing; they are defined, and always a mistake.
+
+    Args:
+        rule: as for `choose_rank`; "stable" and numbers do not read eta.
+        eta: its threshold.
+
+    Raises:
+        UsageError: eta is 0 or 1.
+    """
+    if rule in {"entropy", "energy"} and eta in {0.0, 1.0}:
+        kept = "one direction, whatever the spectrum" if eta == 0.0 else "every direction"
+        raise UsageError(
+            f"eta = {eta:g} keeps {kept}: the {rule} rule does not choose",
+            "eta must lie between 0 and 1; 0.8 to 0.9 is usual, or fix the rank by a number",
+        )
 
 
 def choose_rank(energies: Tensor, rule: int | str, *, eta: float) -> int:

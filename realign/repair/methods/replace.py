@@ -13,7 +13,7 @@ from torch import Tensor
 
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.method import Card, CostClass
-from realign.repair.methods.ranks import choose_rank, spectrum_facts
+from realign.repair.methods.ranks import check_eta, choose_rank, spectrum_facts
 from realign.repair.methods.spectral import SpectralMethod
 from realign.repair.parameters import Choice, Either, Integer, Real, parameter
 from realign.subspace.spectrum import Decomposition, Side
@@ -83,6 +83,10 @@ class Replace(SpectralMethod):
         source="our choice",
     )
     """The vector whose subspaces are used: aligned minus base, or aligned minus unaligned."""
+
+    def check_settings(self) -> None:
+        """Refuse an eta of 0 or 1 where a rule reads it."""
+        check_eta(self.rank, self.eta)
 
     def safety_matrix(self, layer: Layer) -> Tensor | Unchanged:
         """Return delta_safe, or why the layer is left alone."""
