@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from realign.errors import UsageError
 from realign.repair.edit import Dense, Edit, Layer, VectorKind, from_factors
 from realign.repair.method import Card, CostClass
 from realign.repair.methods.cosine import NO_TASK, UNTOUCHED, CosineMethod
@@ -104,6 +105,14 @@ class SafeLora(CosineMethod):
         "base", Choice(("base", "unaligned", "auto")), symbol="V", source="the public code"
     )
     """Aligned minus base, or aligned minus unaligned."""
+
+    def check_settings(self) -> None:
+        """Refuse a threshold that selects nothing."""
+        if self.selection == "threshold" and self.tau == 0.0:
+            raise UsageError(
+                "tau = 0 selects no matrix: safe_lora would change nothing",
+                "give a number above 0, or tau = auto",
+            )
 
     @property
     def threshold(self) -> float | str:

@@ -92,6 +92,19 @@ class Safemerge(CosineMethod):
     )
     """Aligned minus base, or aligned minus unaligned."""
 
+    def check_settings(self) -> None:
+        """Refuse to select nothing, or to mix in nothing."""
+        if self.tau == 0.0:
+            raise UsageError(
+                "tau = 0 selects no matrix: safemerge would change nothing",
+                "give a number above 0, or tau = auto",
+            )
+        if self.w == 1.0:
+            raise UsageError(
+                "w = 1 keeps the fine-tune whole: safemerge would change nothing",
+                "give a number in [0, 1)",
+            )
+
     @property
     def threshold(self) -> float | str:
         """See `CosineMethod.threshold`."""

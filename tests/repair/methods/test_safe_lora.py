@@ -256,6 +256,9 @@ def test_the_product_is_not_taken_in_16_bits(shape: tuple[int, int]) -> None:
 
 
 def test_settings() -> None:
+    with pytest.raises(UsageError, match="tau = 0 selects no matrix"):
+        SafeLora(tau=0.0).check_settings()
+    SafeLora(tau=0.0, selection="number").check_settings()
     assert SafeLora().settled(Given(frozenset({"aligned", "base"}))).note == ""
     assert SafeLora().required_roles() == {"aligned", "base"}
     assert (

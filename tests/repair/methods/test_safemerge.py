@@ -145,6 +145,10 @@ def test_selection_is_that_of_safe_lora() -> None:
 
 
 def test_what_is_no_edit() -> None:
+    for method in (Safemerge(tau=0.0), Safemerge(w=1.0)):
+        with pytest.raises(UsageError, match="would change nothing"):
+            method.check_settings()
+    Safemerge().check_settings()
     layer = with_safety_model(layer_of((6, 6)))
     assert dataclasses.replace(GIVEN, w=1.0).edit(layer, NO_STATISTICS) == Unchanged("w is 1")
     zero = Safemerge(tau=0.0, safety_model="safety")
