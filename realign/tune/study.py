@@ -71,14 +71,31 @@ def grid_of(top: float) -> tuple[float, ...]:
     return tuple(known) if top in known else (*known, top)
 
 
-def _between(trials: Sequence[Trial], limits: Limits) -> tuple[float, ...]:
-    """The common strength in the middle of where the limits begin to break, if there is one."""
+def next_common(trials: Sequence[Trial], limits: Limits, *, top: float) -> float | None:
+    """The next strength common to all groups.
+
+    Sought is the strongest one within the limits: nothing below such a one is looked at, nor above
+    the first one beyond it that is not. In between the grid goes first, then the middle.
+
+    Args:
+        trials: what is known.
+        limits: what decides.
+        top: largest strength.
+
+    Returns:
+        None where the border is known to a step.
+    """
     common = {trial.point[0]: trial for trial in trials if len(set(trial.point)) == 1}
     kept = [t for t, each in common.items() if each.cost is not None and each.cost.within(limits)]
     low = max(kept, default=0.0)
-    high = min((t for t in common if t > low), default=low)
+    high = min((t for t in common if t > low), default=None)
+    for t in grid_of(top):
+        if t > low and (high is None or t < high):
+            return t
+    if high is None:
+        return None
     middle = _rounded((low + high) / 2)
-    return (middle,) if low < middle < high else ()
+    return middle if low < middle < high else None
 
 
 def _around(best: Point, top: float) -> Iterator[Point]:
@@ -236,10 +253,9 @@ class StudyFile:
         """
         trials = self.trials()
         known = {trial.point for trial in trials}
-        for t in (*grid_of(self._top), *_between(trials, limits)):
-            point = (t,) * self._groups
-            if point not in known:
-                return point
+        t = next_common(trials, limits, top=self._top)
+        if t is not None:
+            return (t,) * self._groups
         if self._groups == 1:
             return None
         best = None if self.finetuned is None else best_of(trials, self.finetuned, limits)
