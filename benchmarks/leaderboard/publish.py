@@ -1,0 +1,51 @@
+"""Put what a comparison has measured into docs/leaderboard.md.
+
+    realign lab compare FAMILY -o DIR
+    python benchmarks/leaderboard/publish.py DIR
+
+The tables between the page's markers, docs/data/leaderboard.json and two pictures are replaced;
+what is written by hand stays. An incomplete comparison may be published; the page says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+from realign.lab.compare import write_board
+from realign.lab.leaderboard_page import board_json, board_page
+from realign.report.leaderboard import save_pictures
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+def fill(page: str, tables: dict[str, str]) -> str:
+    """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled anew."""
+    for name, table in tables.items():
+        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
+        assert pattern.search(page), f"the page has no place for {name}"
+        content = f"\n{table}\n\n" if table else "\nNothing.\n\n"
+        page = pattern.sub(lambda found, text=content: found[1] + text + found[2], page)
+    return page
+
+
+def main() -> None:
+    """Parse the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("board", type=Path)
+    parser.add_argument("--docs", type=Path, default=DOCS)
+    args = parser.parse_args()
+    board = write_board(args.board)
+    told = board_json(board)
+    page = args.docs / "leaderboard.md"
+    filled = fill(page.read_text(encoding="utf-8"), board_page(board))
+    page.write_text(filled, encoding="utf-8")
+    data = json.dumps(told, separators=(",", ":"), sort_keys=True) + "\n"
+    (args.docs / "data" / "leaderboard.json").write_text(data, encoding="utf-8")
+    save_pictures(told, args.docs / "pictures")
+
+
+if __name__ == "__main__":
+    main()
