@@ -54,7 +54,7 @@ W' = W_finetuned + alpha P' delta_safe                                        (1
     cautions=(
         "In the laboratory the subspace is stable under fine-tuning, as the paper claims, but not "
         "isolated: training on general skills alone writes into it above chance. "
-        "[The two claims, measured](../lssf-claims.md).",
+        "[The claims, measured](../claims.md).",
         "The paper reports no over-refusal; other work (arXiv 2505.14185) finds that subspaces "
         "which amplify safe behaviour also amplify useful behaviour. Measure both.",
         "The rank cannot exceed the number of anchor tokens; the report shows tokens / d_out.",
