@@ -93,7 +93,7 @@ def test_layers_of_a_plan_are_what_the_engine_edits(trio_of, tmp_path: Path, arc
     _, layers = _layers(request)
     repair(request)
     edited = {key.partition("@")[0]: layer for key, layer in method.seen.items()}
-    assert list(edited) == list(layers)
+    assert set(edited) == set(layers)  # threads edit in any order
     for key, layer in layers.items():
         assert torch.equal(layer.finetuned, edited[key].finetuned)
         assert torch.equal(layer.require("aligned"), edited[key].require("aligned"))
