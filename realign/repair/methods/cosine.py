@@ -7,11 +7,15 @@ the matrices that are selected (`safe_lora`, `safemerge`).
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from realign.repair.edit import Facts, Layer, Unchanged
+import torch
+
+from realign.repair.edit import Facts, Layer, LoraFactors, Unchanged
 from realign.repair.method import Method
 from realign.repair.preparation import Scores, Selection, Statistics, Workbench
 from realign.subspace.alignment_cosine import AlignmentFilter
@@ -50,10 +54,13 @@ class CosineMethod(Method):
     def prepare(self, workbench: Workbench) -> Statistics:
         """Compute the cosine of every matrix to edit; no data, no model."""
         scores: dict[str, Mapping[str, float]] = {}
-        for layer in workbench.layers():
-            score = self.score(layer)
-            if score is not None:
-                scores[layer.key] = score
+        total = len(workbench.slots)
+        with workbench.progress.task("cosines", total=total, unit="matrices") as task:
+            for layer in workbench.layers():
+                score = self.score(_on(layer, workbench.device))
+                if score is not None:
+                    scores[layer.key] = score
+                task.advance(1)
         return Statistics(scores=scores, facts=self._facts(scores))
 
     def select(self, scores: Scores) -> Selection | None:
@@ -97,3 +104,18 @@ class CosineMethod(Method):
             "lowest_chance": min(chances, default=math.nan) if scores else None,
             "highest_chance": max(chances, default=math.nan) if scores else None,
         }
+
+
+def _on(layer: Layer, device: torch.device) -> Layer:
+    """The layer on an accelerator that knows float64, where one is used."""
+    if device.type in ("cpu", "mps"):
+        return layer
+    lora = layer.lora
+    moved: dict[str, Any] = {
+        name: each.to(device)
+        for name in ("finetuned", "aligned", "base", "unaligned")
+        if isinstance(each := getattr(layer, name), torch.Tensor)
+    }
+    if lora is not None:
+        moved["lora"] = LoraFactors(lora.down.to(device), lora.up.to(device), lora.scale)
+    return dataclasses.replace(layer, **moved)
