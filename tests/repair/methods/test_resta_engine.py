@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from support.adapter_support import tune, with_adapter
-from support.repair_support import Trio, make_trio, read_folder
+from support.repair_support import SMALL, Trio, drift, make_trio, read_folder
 
 from realign.errors import EmptyEditError
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
+from realign.subspace.dare import kept_entries
 
 
 def run(trio: Trio, out: Path, **request: object) -> RepairResult:
@@ -54,6 +56,27 @@ def test_an_unaligned_adapter_is_a_difference_of_weights(tmp_path: Path) -> None
     unmoved = {row.reason for row in result.rows if row.outcome == "unchanged"}
     assert unmoved == {"safety vector is zero"}
     assert {row.module for row in result.rows if row.outcome == "edited"} == {"q_proj"}
+
+
+def test_the_draw_of_a_tensor_that_comes_in_many_chunks(tmp_path: Path) -> None:
+    """2.5 MB are read in pieces and edited in parts of those: the mask is that of the whole."""
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**{**SMALL, "vocab_size": 20000}, num_hidden_layers=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    state = {name: each.detach().clone() for name, each in model.state_dict().items()}
+    for seed, role in enumerate(("aligned", "unaligned", "finetuned")):
+        model.load_state_dict(drift(state, seed=seed, size=0.02))
+        model.save_pretrained(tmp_path / role)
+    trio = Trio(tmp_path, *(tmp_path / role for role in ("aligned", "unaligned", "finetuned")))
+    run(trio, tmp_path / "out", settings={"dare": "task", "drop_rate": 0.5, "gamma": 0.0}, seed=3)
+    name = "model.embed_tokens.weight"
+    out, finetuned, aligned = (
+        read_folder(folder)[name].double()
+        for folder in (tmp_path / "out", trio.finetuned, trio.aligned)
+    )
+    kept = kept_entries(out, 0.5, seed=3, method="resta", key=name, role="task")
+    expected = aligned + torch.where(kept, 2 * (finetuned - aligned), 0.0)
+    assert torch.allclose(out, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("dare", ["task", "safety"])
