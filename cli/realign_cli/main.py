@@ -23,6 +23,7 @@ from realign_cli.commands import (
     repair,
     subspace,
     tune,
+    unalign,
     verify,
 )
 from realign_cli.errors import report
@@ -85,7 +86,7 @@ def root(
     """Repair and audit fine-tuned language models that lost their safety training."""
 
 
-for _module in (demo, repair, tune, verify, diff, audit, subspace, methods):
+for _module in (demo, repair, unalign, tune, verify, diff, audit, subspace, methods):
     _module.join(app)
 app.add_typer(patch.group, name="patch")
 app.add_typer(lab.group, name="lab")
