@@ -11,10 +11,13 @@ from support.subspace_support import edit_of, given, input_moments, layer_of, ma
 from realign.repair.edit import Layer
 from realign.repair.method import Method
 from realign.repair.methods.delta_svd import DeltaSvd
+from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
 from realign.repair.methods.null_control import DeltaSvdNull, ReplaceNull
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
+from realign.repair.methods.safe_lora import SafeLora
+from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.wise_ft import WiseFt
 from realign.repair.preparation import Statistics
 
@@ -41,6 +44,12 @@ def moved(layer: Layer) -> Layer:
         Replace(rank="energy", side="left"),
         ReplaceNull(rank=4),
         DeltaSvdNull(safety_vector="base"),
+        Lox(),
+        Lox(svd="randomised", k=3),
+        Resta(safety_vector="base", dare="task"),
+        SafeLora(tau=2.0),
+        SafeLora(tau=2.0, projector="unit"),
+        Safemerge(tau=2.0, safety_model="aligned"),
     ],
     ids=lambda m: m.name,
 )
