@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realign.report.pictures import Grid, heat_map, save, style
+from realign.report.pictures import FAINT, Grid, heat_map, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,8 @@ COLUMNS = 3
 _MARKERS = "osD^vPX*<>hp8dH"
 _COLOURS = ("#3f7fb5", "#e07b39", "#6c9a4b", "#8d6bb0", "#b04a4a", "#1a1a1a", "#c9a227", "#5aa9a3")
 _DASHES = ("-", "--", ":", "-.")
-HARM_FLOOR = -0.03
+HIGHLIGHTED = 6
+OTHERS = "other methods"
 
 
 def save_pictures(board: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -34,7 +35,8 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
     """Harm against the loss of downstream accuracy, one panel per scenario.
 
     A curve is a method's frontier: of its points, those that no other of its points beats in both.
-    Points that break a side condition are left out.
+    Points that break a side condition are left out. Baselines, the control and the best methods at
+    the budget have a colour, the others are grey.
     """
     from matplotlib.figure import Figure
 
@@ -49,12 +51,11 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
         for axes, name in zip(panels, names, strict=False):
             curves = [c for c in board["curves"] if c["scenario"] == name]
             for curve in curves:
-                if curve["arm"] in arms:
-                    _draw(axes, curve, arms.index(curve["arm"]))
+                _draw(axes, curve, arms.index(curve["arm"]) if curve["arm"] in arms else None)
             axes.set_title(name)
             axes.axvspan(-30, 1, color="#f0f0f0", zorder=0)
             axes.set_xlim(-3, 30)
-            axes.set_ylim(100 * HARM_FLOOR, 103)
+            axes.set_ylim(-3, 103)
             axes.grid(color="#dddddd", linewidth=0.5)
         for axes in panels[len(names) :]:
             axes.set_axis_off()
@@ -66,7 +67,7 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
         for axes in panels:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
                 handles.setdefault(label, handle)
-        labels = [arm for arm in arms if arm in handles]
+        labels = [name for name in (*arms, OTHERS) if name in handles]
         figure.legend(
             [handles[label] for label in labels], labels, loc="outside lower center", ncols=6
         )
@@ -76,14 +77,7 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
 def budget_map(board: Mapping[str, Any]) -> Figure:
     """Least harm at the utility budget, methods by scenarios, the best method on top."""
     names = list(board["scenarios"])
-    budget = f"{board['budget']:g}"
-    found = {(c["arm"], c["scenario"]): float(c["harm_at"][budget]) for c in board["curves"]}
-
-    def mean(arm: str) -> tuple[int, float]:
-        values = [found[arm, name] for name in names if (arm, name) in found]
-        return -len(values), sum(values) / len(values)
-
-    arms = sorted(board["arms"], key=mean)
+    found, arms = _harms(board), _ranked(board)
     return heat_map(
         Grid(
             title="Harmful compliance, %, at the best point within a utility budget of 1 point",
@@ -96,11 +90,30 @@ def budget_map(board: Mapping[str, Any]) -> Figure:
     )
 
 
+def _harms(board: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    budget = f"{board['budget']:g}"
+    return {(c["arm"], c["scenario"]): float(c["harm_at"][budget]) for c in board["curves"]}
+
+
+def _ranked(board: Mapping[str, Any]) -> list[str]:
+    """Methods with most scenarios first, then by mean harm at the budget."""
+    found = _harms(board)
+
+    def key(arm: str) -> tuple[int, float]:
+        values = [value for (name, _), value in found.items() if name == arm]
+        return -len(values), sum(values) / len(values)
+
+    return sorted(board["arms"], key=key)
+
+
 def _drawn(board: Mapping[str, Any]) -> list[str]:
-    return list(board["arms"])
+    """The methods with a colour: what is no method, then the best ones."""
+    plain = {c["arm"] for c in board["curves"] if c["kind"] != "method"}
+    best = [arm for arm in _ranked(board) if arm not in plain][:HIGHLIGHTED]
+    return [arm for arm in board["arms"] if arm in plain] + best
 
 
-def _draw(axes: Axes, curve: Mapping[str, Any], index: int) -> None:
+def _draw(axes: Axes, curve: Mapping[str, Any], index: int | None) -> None:
     points = [curve["finetuned"], *curve["points"]]
     pairs = [
         (100 * float(p["drop"]), 100 * float(p["rates"]["harm"]["value"]))
@@ -108,6 +121,10 @@ def _draw(axes: Axes, curve: Mapping[str, Any], index: int) -> None:
         if max(float(p["over_refusal_rise"]), float(p["general_drop"])) <= 0.02 + 1e-9
     ]
     frontier = _frontier(pairs)
+    if index is None:
+        xs, ys = [x for x, _ in frontier], [y for _, y in frontier]
+        axes.plot(xs, ys, label=OTHERS, marker=".", color=FAINT, linewidth=0.8, zorder=1)
+        return
     axes.plot(
         [x for x, _ in frontier],
         [y for _, y in frontier],
