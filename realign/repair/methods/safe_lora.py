@@ -49,7 +49,8 @@ chance level:  c0 = norm(V)^2 / (sqrt(d_out) norm(V V^T)), what an unrelated dW 
         "Cosines are not rounded to five digits before they are compared: number selects exactly "
         "as many as it says, ties by name.",
         "A zero V gives no NaN.",
-        "No C is ever formed for an adapter, and no second model is kept in memory.",
+        "C is never kept: an adapter's B goes through V (V^T B), a matrix at a time, and no second "
+        "model is in memory.",
         "Selection is finished before any tensor changes: nothing is projected twice.",
         "The product with C is taken in float32, not in the 16 bits of the file.",
         "Target modules given as one regular expression are not split into characters.",

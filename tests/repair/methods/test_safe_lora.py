@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from support.alignment_support import (
     whole,
 )
 from support.subspace_support import edit_of, error, layer_of, matrix, repaired, with_safety
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from realign.errors import UsageError
 from realign.repair.edit import Dense, Layer, LowRank, Unchanged
@@ -253,6 +255,32 @@ def test_the_product_is_not_taken_in_16_bits(shape: tuple[int, int]) -> None:
     found = edit_of(ALL, layer).double() + finetuned.double() - aligned.double()
     assert error(found, expected) <= 1e-5
     assert error(trap, expected) > 1e-3
+
+
+class Largest(TorchDispatchMode):
+    """Notes the most entries that any result of an operation has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numel = max(self.numel, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("adapter", [True, False])
+@pytest.mark.parametrize("shape", [(300, 20), (20, 300)])
+def test_nothing_larger_than_the_matrix_is_formed(adapter: bool, shape: tuple[int, int]) -> None:
+    """The public code keeps a C of [d_out, d_out] for every matrix: over 15 GB for 7 B weights."""
+    layer = adapter_layer(shape) if adapter else layer_of(shape)
+    with Largest() as seen:
+        statistics = selected(ALL, [layer])
+        edit = ALL.edit(layer, statistics)
+    assert not isinstance(edit, Unchanged)
+    assert seen.numel <= 300 * 20
 
 
 def test_settings() -> None:
