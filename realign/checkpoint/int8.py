@@ -26,6 +26,8 @@ from torch import Tensor
 BITS = 8
 FORMAT = "int-quantized"
 ENDINGS = ("weight", "weight_scale", "weight_zero_point")
+TYPES = ("I8", None, "I8")
+"""Of these tensors; None: the model's."""
 _MIDDLE = 128
 
 

@@ -10,7 +10,7 @@ decide; of the tensors only a few rows are read, to tell equal or swapped models
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -39,7 +39,7 @@ from realign.repair.plan_checks import (
     settle_texts,
 )
 from realign.repair.preparation import Data
-from realign.repair.quantise.encodable import check_encodable
+from realign.repair.quantise.encodable import check_encodable, encoded_bytes
 from realign.repair.registry import build_method
 from realign.repair.request import Inputs, RepairRequest, open_inputs
 from realign.repair.subset import Subset, narrow, parse_layers, parse_modules
@@ -245,7 +245,12 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     anchors = plan_anchors(request, used["aligned"]) if asks_anchors else None
     if request.anchors is not None and anchors is None:
         notes.append(f"{method.name} measures no activations: the anchors are not used")
-    estimate = estimate_repair(method, matching, inputs, used, patch=request.patch)
+    estimate = estimate_repair(
+        method, matching, inputs, used, patch=request.patch, offload=request.offload
+    )
+    if request.encode is not None:
+        more = encoded_bytes(layout, matching)
+        estimate = replace(estimate, written=estimate.written + more)
     output = None if request.output is None else Path(request.output)
     if output is not None:
         check_place(output, inputs, written=estimate.written)

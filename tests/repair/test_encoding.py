@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from realign.checkpoint.int8 import int8_matrix, read_int8
 from realign.checkpoint.reader import open_checkpoint
 from realign.checkpoint.verification import verify_output
 from realign.errors import CheckpointError, OutputError, UsageError
+from realign.progress import SilentProgress
 from realign.repair.engine import RepairResult, repair
+from realign.repair.plan import plan
 from realign.repair.request import RepairRequest
 
 SHAPE: dict[str, Any] = {
@@ -162,6 +165,61 @@ def test_both_folders_are_verified_and_the_integers_are_refused_as_input(tmp_pat
         assert problem.where == where and "differs" in problem.what
     file.unlink()
     assert any("missing" in each.what for each in verify_output(out).problems)
+
+
+def test_the_plan_counts_the_bytes_of_both_folders(tmp_path: Path) -> None:
+    save_pair(tmp_path, llama(), dtype=torch.bfloat16)
+    files = write_texts(tmp_path)
+    request = RepairRequest(
+        finetuned=tmp_path / "finetuned",
+        aligned=tmp_path / "aligned",
+        anchors=files["anchors"],
+        keep_data=files["keep"],
+        method="q_realign",
+        settings={"prompts": 24, "epochs_first": 1, "epochs_rest": 1},
+        output=tmp_path / "out",
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+    )
+    alone = plan(request).estimate.written
+    both = plan(replace(request, encode="compressed-tensors")).estimate.written
+    repair(replace(request, encode="compressed-tensors"))
+    tensors = stored(tmp_path / "out" / "compressed-tensors").values()
+    assert both - alone == sum(each.nbytes for each in tensors)
+
+
+def test_an_interrupted_run_takes_up_both_folders(tmp_path: Path) -> None:
+    save_pair(tmp_path, llama())
+    files = write_texts(tmp_path)
+    notes: list[str] = []
+
+    class Notes(SilentProgress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    request = RepairRequest(
+        finetuned=tmp_path / "finetuned",
+        aligned=tmp_path / "aligned",
+        anchors=files["anchors"],
+        keep_data=files["keep"],
+        method="q_realign",
+        settings={"prompts": 24, "epochs_first": 1, "epochs_rest": 1},
+        encode="compressed-tensors",
+        output=tmp_path / "out",
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+    )
+
+    def stop(_folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        repair(request, before_commit=stop)
+    assert not (tmp_path / "out").exists()
+    repair(request, progress=Notes())
+    assert any("resuming: 2 weight files" in note for note in notes), notes
+    for folder in (tmp_path / "out", tmp_path / "out" / "compressed-tensors"):
+        assert verify_output(folder).intact
 
 
 def test_without_the_option_nothing_else_is_written(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ class QRealign(Method):
         )
         found = workbench.cached(
             "q-realign",
-            {**self.settings(), "dtype": str(dtype), "version": 1},
+            {**self.settings(), "dtype": str(dtype), "version": 2},
             lambda: train_quantiser(
                 workbench,
                 recipe=recipe,
@@ -194,6 +194,6 @@ class QRealign(Method):
             return Unchanged("every entry stands on the grid already")
         facts: dict[str, float | int | str | None] = {"bits": self.bits}
         for name, table in (("clip_high", "high"), ("clip_low", "low")):
-            if (logits := statistics.tensor(table, layer.key)) is not None:
-                facts[name] = float(torch.sigmoid(logits).mean())
+            if (factors := statistics.tensor(table, layer.key)) is not None:
+                facts[name] = float(factors.mean())
         return Dense(target - layer.finetuned.to(target.dtype), target=stored, facts=facts)

@@ -100,8 +100,8 @@ def train_quantiser(
 ) -> dict[str, Tensor]:
     """Train the quantiser of the fine-tune; returns tensors by "table/name" for the cache.
 
-    Tables: high and low (g and h by slot key), smooth (v by slot key), norm and offset (v and what
-    the norm adds, by the name of its stored weight), fact (numbers of the whole run).
+    Tables: high and low (sigmoid of g and h by slot key), smooth (v by slot key), norm and offset
+    (v and what the norm adds, by the name of its stored weight), fact (numbers of the whole run).
 
     Args:
         workbench: of the run.

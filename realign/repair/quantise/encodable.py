@@ -2,10 +2,33 @@
 
 from __future__ import annotations
 
-from realign.checkpoint.int8 import BITS
+from collections.abc import Sequence
+
+from realign.checkpoint.int8 import BITS, ENDINGS, TYPES, int8_shapes
 from realign.checkpoint.matching import Matching
+from realign.checkpoint.shards import ShardLayout, TensorSpec
 from realign.errors import UsageError
 from realign.repair.method import Method
+
+
+def encoded_specs(spec: TensorSpec) -> tuple[TensorSpec, ...]:
+    """Return the tensors that stand for a weight in the encoded folder."""
+    module = spec.name.removesuffix(".weight")
+    return tuple(
+        TensorSpec(f"{module}.{ending}", dtype or spec.dtype, shape)
+        for ending, dtype, shape in zip(ENDINGS, TYPES, int8_shapes(spec.shape), strict=True)
+    )
+
+
+def encoded_bytes(layout: Sequence[ShardLayout], matching: Matching) -> int:
+    """Return the bytes that the encoded folder adds to an output of this layout."""
+    edited = {pair.role.name for pair in matching.pairs if pair.action == "edit"}
+    return sum(
+        each.nbytes
+        for shard in layout
+        for spec in shard.tensors
+        for each in (encoded_specs(spec) if spec.name in edited else (spec,))
+    )
 
 
 def check_encodable(method: Method, matching: Matching, *, strength: float, dials: bool) -> None:

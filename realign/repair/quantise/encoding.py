@@ -21,9 +21,7 @@ from realign.checkpoint.chunks import chunks_of, read_chunk
 from realign.checkpoint.headers import DTYPES
 from realign.checkpoint.int8 import (
     BITS,
-    ENDINGS,
     int8_matrix,
-    int8_shapes,
     quantisation_config,
 )
 from realign.checkpoint.manifest import MANIFEST_NAME
@@ -36,6 +34,7 @@ from realign.checkpoint.weights import INDEX_FILE
 from realign.checkpoint.writer import OutputFolder
 from realign.progress import Progress
 from realign.repair.preparation import Statistics
+from realign.repair.quantise.encodable import encoded_specs
 from realign.repair.quantise.matrix import quantised_matrix
 from realign.repair.stream import read_slot
 
@@ -138,12 +137,7 @@ class Encoder:
     def _specs(self, spec: TensorSpec) -> tuple[TensorSpec, ...]:
         if spec.name not in self.slots:
             return (spec,)
-        module = spec.name.removesuffix(".weight")
-        types = ("I8", spec.dtype, "I8")
-        return tuple(
-            TensorSpec(f"{module}.{ending}", dtype, shape)
-            for ending, dtype, shape in zip(ENDINGS, types, int8_shapes(spec.shape), strict=True)
-        )
+        return encoded_specs(spec)
 
     def _write_tensor(self, writer: ShardWriter, spec: TensorSpec) -> None:
         if spec.name in self.slots:

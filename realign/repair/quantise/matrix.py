@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from realign.repair.preparation import Statistics
-from realign.subspace.quantiser import Grid, clip_factors, codes_of, decode, row_grid
+from realign.subspace.quantiser import Grid, codes_of, decode, row_grid
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,8 @@ def quantised_matrix(
     Args:
         stored: [d_out, d_in] in the file's type, which decides how steps are rounded.
         key: its slot key.
-        statistics: tables "high" and "low" (g, h) and "smooth" (v), where they were trained.
+        statistics: tables "high" and "low" (factors of the rows' ranges) and "smooth" (v), where
+            they were trained.
         bits: of a code.
     """
     weight = stored.to(torch.promote_types(stored.dtype, torch.float32))
@@ -51,12 +52,16 @@ def quantised_matrix(
         found = statistics.tensor(name, key)
         return None if found is None else found.to(weight)
 
+    def factor(name: str) -> Tensor | float:
+        found = table(name)
+        return 1.0 if found is None else found.unsqueeze(1)
+
     smooth = table("smooth")
     scaled = weight if smooth is None else weight * smooth
     grid = row_grid(
         scaled,
-        high=clip_factors(table("high")),
-        low=clip_factors(table("low")),
+        high=factor("high"),
+        low=factor("low"),
         bits=bits,
         dtype=stored.dtype,
     )

@@ -64,8 +64,8 @@ class Trained:
     """What was decided for one block, by slot key.
 
     Attributes:
-        high: g [rows]; absent where nothing is clipped.
-        low: h [rows].
+        high: sigmoid(g) [rows]; absent where nothing is clipped.
+        low: sigmoid(h) [rows].
         smooth: v [d_in], settled to the file's type; absent where nothing is smoothed.
         norms: v by the name of the norm's stored weight, and what the norm adds to that weight.
         control_error: see `blocks.smoothing_error`; the largest over all sequences.
@@ -289,8 +289,9 @@ def _decided(
         v = quantiser.smoothing_of(each)
         for key, (start, stop) in each.rows.items():
             if quantiser.recipe.clip:
-                high[key] = quantiser.high[str(at)].detach()[start:stop].cpu().clone()
-                low[key] = quantiser.low[str(at)].detach()[start:stop].cpu().clone()
+                # As factors, not as logits: a sigmoid is not the same to the bit on every device.
+                for found, logits in ((high, quantiser.high), (low, quantiser.low)):
+                    found[key] = torch.sigmoid(logits[str(at)].detach())[start:stop].cpu().clone()
             if v is not None:
                 smooth[key] = v.detach().cpu().clone()
     norms = {

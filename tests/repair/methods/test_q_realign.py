@@ -35,8 +35,8 @@ def weight_of(rows: int = 6, columns: int = 8) -> Tensor:
 @pytest.mark.parametrize(("factor", "expected"), [(1.0, (-1, 0, 1, 2)), (0.5, (-0.5, 0, 1, 1))])
 def test_the_hand_example_as_an_edit(factor: float, expected: tuple[float, ...]) -> None:
     row = torch.tensor([[-1.0, 0.0, 1.0, 2.0]], dtype=torch.float64)
-    logit = torch.special.logit(torch.tensor([factor], dtype=torch.float64))
-    edit = QRealign(bits=2).edit(layer_of(row), statistics(high=logit, low=logit))
+    each = torch.tensor([factor], dtype=torch.float64)
+    edit = QRealign(bits=2).edit(layer_of(row), statistics(high=each, low=each))
     if factor == 1.0:
         assert isinstance(edit, Unchanged)  # it stands on the grid
     else:
