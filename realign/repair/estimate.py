@@ -7,17 +7,22 @@ what was measured say so.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from typing import TypeAlias
 
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.matching import Matching
+from realign.checkpoint.names import role_of
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, slot_shape, stored_rows
 from realign.repair.method import Method
 from realign.repair.request import Inputs
+
+OwnBytes: TypeAlias = Callable[[int, int], int | None]
+"""From d_out and d_in to what a method's `edit` holds; None: what a decomposition holds."""
 
 INTERPRETER_BYTES = 240 * 2**20
 """Resident size of Python with torch imported, before any tensor."""
@@ -38,6 +43,9 @@ MEMORY_LIMIT = 400 * 10**6
 MATRIX_SHARE = 6
 """Times the largest decomposed matrix in float32."""
 
+
+ACTIVATION_BYTES = 256 * 2**20
+"""Hidden states of the anchors that wait between two blocks, and what a block computes."""
 
 WORKERS = 2
 """Matrices decomposed at once on the processor, where memory allows."""
@@ -69,6 +77,7 @@ def estimate_repair(
     used: Mapping[str, Checkpoint],
     *,
     patch: bool,
+    offload: bool = False,
 ) -> Estimate:
     """Estimate one run.
 
@@ -78,6 +87,7 @@ def estimate_repair(
         inputs: the open checkpoints.
         used: those that the method reads beside the fine-tune.
         patch: whether only the edit is written.
+        offload: whether a model that is measured is read block by block.
     """
     finetuned = inputs.finetuned
     written = held = largest = 0
@@ -89,8 +99,15 @@ def estimate_repair(
             continue
         largest = max(largest, *(math.prod(slot_shape(info.shape, slot)) for slot in pair.slots))
         for rows, slots in groupby(pair.slots, key=partial(stored_rows, shape=info.shape)):
-            inputs_read, rank = 1 + len(used), fixed_rank(method)
-            costs.append(block_bytes(info, rows, tuple(slots), inputs=inputs_read, rank=rank))
+            cost = block_bytes(
+                info,
+                rows,
+                tuple(slots),
+                inputs=1 + len(used),
+                rank=fixed_rank(method),
+                own=method.edit_bytes,
+            )
+            costs.append(cost)
     files = [file for each in (finetuned, *used.values()) for file in each.weight_files]
     read = sum(file.stat().st_size for file in files)
     if costs:
@@ -98,10 +115,9 @@ def estimate_repair(
         held = most_together(costs, budget)
     held += STREAM_BUDGET + _LIBRARY_BUFFERS
     if method.needs_anchors:
-        model = sum(info.nbytes for info in used["aligned"].tensors.values())
-        read += model
-        # While they are collected, all moments are held; for the edit they are read one by one.
-        held = max(held, model + _moment_bytes(matching, finetuned)) + MODEL_LIBRARY_BYTES
+        read += sum(info.nbytes for info in used["aligned"].tensors.values())
+        measuring = calibration_bytes(used["aligned"], matching, finetuned, offload=offload)
+        held = max(held, measuring) + MODEL_LIBRARY_BYTES
     return Estimate(
         read=read,
         written=0 if patch else written,
@@ -138,6 +154,7 @@ def block_bytes(
     *,
     inputs: int,
     rank: int | None = None,
+    own: OwnBytes | None = None,
 ) -> int:
     """Bytes held while the matrices in some stored rows are edited, one after the other.
 
@@ -147,22 +164,28 @@ def block_bytes(
         slots: the matrices that lie in it.
         inputs: how many checkpoints are read, the fine-tune included.
         rank: how many directions are kept of each; None: that depends on its spectrum.
+        own: what the method itself says of its memory.
     """
     share = (rows[1] - rows[0]) / max(1, info.shape[0] if info.shape else 1)
     stored = int(info.nbytes * share)
-    working = max(_working_bytes(info.shape, slot, rank) for slot in slots)
+    working = max(_working_bytes(info.shape, slot, rank, own) for slot in slots)
     working += int(_OVERHEAD * working)
     # The result takes memory when it is written into: after the working memory of a single matrix
     # is freed, but beside that of the second of several.
     return stored * inputs + (max(stored, working) if len(slots) == 1 else stored + working)
 
 
-def _working_bytes(shape: tuple[int, ...], slot: Slot, rank: int | None) -> int:
+def _working_bytes(
+    shape: tuple[int, ...], slot: Slot, rank: int | None, own: OwnBytes | None
+) -> int:
     """Beside what is stored: two float32 differences, the Gram with its reduction, the vectors.
 
     Rules keep a third of all directions of a typical difference; see `methods.ranks`.
     """
     d_out, d_in = slot_shape(shape, slot)
+    told = None if own is None else own(d_out, d_in)
+    if told is not None:
+        return told
     n = min(d_out, d_in)
     kept = n // 3 if rank is None else min(rank, n)
     return 8 * d_out * d_in + 8 * n * n + kept * (8 * n + 4 * (d_out + d_in))
@@ -179,13 +202,16 @@ def matrix_budget(largest: int, cost: int) -> int:
     return max(cost, allowed - INTERPRETER_BYTES - STREAM_BUDGET - _LIBRARY_BUFFERS)
 
 
-def device_bytes(matching: Matching, inputs: Inputs, roles: Sequence[str]) -> int:
+def device_bytes(
+    matching: Matching, inputs: Inputs, roles: Sequence[str], *, own: OwnBytes | None = None
+) -> int:
     """Memory of an accelerator that the largest matrix of a plan needs while it is edited.
 
     Args:
         matching: what is edited.
         inputs: the open checkpoints.
         roles: those that are read beside the fine-tune.
+        own: what the method itself says of its memory.
     """
     tensors = inputs.finetuned.tensors
     needed = 0
@@ -198,15 +224,41 @@ def device_bytes(matching: Matching, inputs: Inputs, roles: Sequence[str]) -> in
             d_out, d_in = slot_shape(info.shape, slot)
             # As on the host; and the solver there works on copies of the Gram matrix.
             entries, gram = d_out * d_in, 8 * min(d_out, d_in) ** 2
-            needed = max(needed, entries * (itemsize * (len(roles) + 2) + 16) + 5 * gram)
+            told = None if own is None else own(d_out, d_in)
+            working = entries * 16 + 5 * gram if told is None else told
+            needed = max(needed, entries * itemsize * (len(roles) + 2) + working)
     return needed
 
 
+def calibration_bytes(
+    running: Checkpoint, matching: Matching, finetuned: Checkpoint, *, offload: bool
+) -> int:
+    """What is held while activation moments are collected, block by block.
+
+    Args:
+        running: the checkpoint that runs.
+        matching: what is edited: the matrices that are measured.
+        finetuned: whose layout counts.
+        offload: whether weights are read when a block is entered.
+    """
+    model = sum(info.nbytes for info in running.tensors.values())
+    if offload:
+        blocks: dict[int | None, int] = {}
+        for info in running.tensors.values():
+            layer = role_of(info).layer
+            blocks[layer] = blocks.get(layer, 0) + info.nbytes
+        outside = blocks.pop(None, 0)
+        # A block twice while the library makes it of what it reads; the embeddings come alone.
+        model = min(model, max(2 * max(blocks.values(), default=0), 2 * outside))
+    return model + _moment_bytes(matching, finetuned) + ACTIVATION_BYTES
+
+
 def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:
-    """Float64 moments of every matrix, on its smaller side, as they are collected."""
-    shapes = [
-        slot_shape(finetuned.tensors[slot.tensor].shape, slot)
-        for pair in matching.pairs
-        for slot in pair.slots
-    ]
-    return sum(min(shape) ** 2 * 8 for shape in shapes)
+    """Float64 sums of every matrix of one block on its smaller side, and their finished copies."""
+    sums: dict[int | None, list[int]] = {}
+    for pair in matching.pairs:
+        for slot in pair.slots:
+            d_out, d_in = slot_shape(finetuned.tensors[slot.tensor].shape, slot)
+            sums.setdefault(slot.layer, []).append(8 * min(d_out, d_in) ** 2)
+    # While one is finished, its transpose and the halved sum stand beside it.
+    return max((sum(each) + 2 * max(each) for each in sums.values()), default=0)

@@ -226,7 +226,8 @@ def _how_many(plan: Plan, inputs: Inputs) -> int:
     device = torch.device(plan.device)
     if device.type == "cpu" or plan.method.elementwise:
         return max(1, min(WORKERS, os.cpu_count() or 1))
-    free, needed = device_memory(device), device_bytes(plan.matching, inputs, plan.roles)
+    free = device_memory(device)
+    needed = device_bytes(plan.matching, inputs, plan.roles, own=plan.method.edit_bytes)
     if free is None:
         return 1
     if needed > free:

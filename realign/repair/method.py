@@ -213,6 +213,13 @@ class Method(ABC):
         """
         return [self.edit(layer, statistics) for layer in layers]
 
+    def edit_bytes(self, d_out: int, d_in: int) -> int | None:
+        """Return what `edit` holds at most beside the matrix as stored and its result, in bytes.
+
+        None: what the decomposition of a matrix of this shape takes.
+        """
+        return None
+
     def linear_edit(self) -> Difference | None:
         """Return what `edit` computes as one difference of checkpoints, where it is one.
 

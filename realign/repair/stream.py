@@ -75,7 +75,12 @@ def cut_tensor(pair: TensorPair, plan: Plan, inputs: Inputs) -> Iterator[Cut]:
                 assert start >= at, f"{slots[0].key} overlaps another block of its tensor"
                 yield from _chunks(pair, inputs, at, start)
                 cost = block_bytes(
-                    info, (start, stop), slots, inputs=len(roles), rank=fixed_rank(plan.method)
+                    info,
+                    (start, stop),
+                    slots,
+                    inputs=len(roles),
+                    rank=fixed_rank(plan.method),
+                    own=plan.method.edit_bytes,
                 )
                 yield Cut(pair, start, stop, info.shape, roles, edit=True, cost=cost, slots=slots)
                 at = stop

@@ -155,6 +155,10 @@ class Irr(Method):
                 "give a number in [0, 1), 0 removes them all",
             )
 
+    def edit_bytes(self, d_out: int, d_in: int) -> int | None:
+        """H as it is read, factored and turned round, beside D; or F in order."""
+        return max(24 * d_in**2 + 10 * d_out * d_in, 36 * d_out * d_in)
+
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = Wa + D' - Wf [d_out, d_in]."""
         kind = self.vector_kind

@@ -240,6 +240,10 @@ class Nlsr(Method):
         aligned = layer.require("aligned").to(mask_oi.device)
         return cosine_inside(mask_oi, finetuned.double() - aligned, reference_oi.double() - aligned)
 
+    def edit_bytes(self, d_out: int, d_in: int) -> int | None:
+        """The moments, the outputs' directions, W_hat and its order."""
+        return 8 * d_in**2 + 60 * d_out * d_in
+
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = M (.) (We - Wf) [d_out, d_in] of a selected module."""
         if self.fraction == 0.0:

@@ -155,6 +155,11 @@ class SafeDelta(Method):
             role="aligned", data="safe", tokens="all", limit=self.samples
         )
 
+    def edit_bytes(self, d_out: int, d_in: int) -> int | None:
+        """H as it is read, factored and turned round; or U, W and what a block is chosen from."""
+        block = d_out * min(self.block, d_in)
+        return max(24 * d_in**2, 8 * d_in**2 + 8 * d_out * d_in + 20 * block)
+
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = W' - Wf [d_out, d_in]."""
         if not bool((layer.finetuned != layer.require("aligned")).any()):
