@@ -79,7 +79,8 @@ def read_config(file: Path, keys: Iterable[Key]) -> dict[str, object]:
 
 def _keys(context: typer.Context) -> Iterator[Key]:
     for parameter in context.command.params:
-        repeatable = bool(getattr(parameter, "multiple", False))
+        # An argument that takes any number of values has nargs = -1.
+        repeatable = bool(getattr(parameter, "multiple", False)) or parameter.nargs == -1
         is_option = any(each.startswith("--") for each in parameter.opts)
         written = [e.removeprefix("--") for e in parameter.opts if e.startswith("--")]
         for name in written if is_option else [parameter.name or ""]:

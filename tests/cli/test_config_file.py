@@ -5,6 +5,7 @@ from typing import Annotated
 
 import pytest
 import typer
+from support.cli_support import model, realign
 from typer.testing import CliRunner
 
 from realign.errors import UsageError
@@ -112,3 +113,13 @@ def test_an_unknown_key_exits_with_2(tmp_path: Path, app: typer.Typer) -> None:
     assert result.exit_code == 2
     assert "stregth" in result.stderr
     assert result.stdout == ""
+
+
+def test_several_fine_tunes_come_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "repair.toml"
+    family = f'aligned = "{model("aligned")}"\nbase = "{model("base")}"\ndry-run = true\n'
+    file.write_text(f'finetuned = ["{model()}", "{model("base")}"]\nmethod = "wise_ft"\n{family}')
+    document = realign("repair", "--config", file, "--json").json
+    assert list(document["plans"]) == [model().name, "base"]
+    file.write_text(f'finetuned = "{model()}"\nmethod = "wise_ft"\n{family}')
+    assert "tensors" in realign("repair", "--config", file, "--json").json

@@ -17,11 +17,8 @@ if TYPE_CHECKING:
 
     from realign.repair.method import Method
 
-_WIDE = 110
-"""Columns from which on the list has room for what a method does."""
-
 EXAMPLES = (
-    Example("realign methods", "the list, one line each"),
+    Example("realign methods", "the list: paper, cost, form of the edit, deviations, needs"),
     Example("realign methods lssf", "equations, parameters with their ranges, cautions"),
 )
 
@@ -44,7 +41,7 @@ def methods(
     if name is None:
         classes = [find_method(each) for each in method_names()]
         sink.document([_facts(each) for each in classes])
-        sink.show(_list(classes, width=sink.out.width))
+        sink.show(*_list(classes))
     else:
         method = find_method(name)
         sink.document(_facts(method))
@@ -81,28 +78,26 @@ def _facts(method: type[Method]) -> dict[str, Any]:
     }
 
 
-def _list(classes: list[type[Method]], *, width: int) -> RenderableType:
-    """A row for each method; a narrow terminal has no room for what it does."""
+def _list(classes: list[type[Method]]) -> tuple[RenderableType, ...]:
+    """A block for each method: a line of facts, what it does, what it needs."""
+    from rich.padding import Padding
     from rich.text import Text
 
     from realign.repair.cards import edit_word
-    from realign.report.tables import plain_table
 
-    table = plain_table(left=("method", "paper", "needs", "edit", "cost"), right=("deviations",))
-    wide = width >= _WIDE
-    if wide:
-        table.add_column("what it does", ratio=1)
+    indent = max(len(each.name) for each in classes) + 2
+    parts: list[RenderableType] = []
     for each in classes:
-        cells = (
-            each.name,
-            paper_of(each),
-            ", ".join(needs_in_words(each)) or "nothing",
-            edit_word(each),
-            each.cost_class,
-            str(len(each.card.deviations)),
-        )
-        table.add_row(*map(Text, cells), *([Text(each.card.summary)] if wide else []))
-    return table
+        count = len(each.card.deviations)
+        deviations = "no deviations" if not count else f"{count} deviation{'s'[: count > 1]}"
+        facts = f"{paper_of(each):12}{each.cost_class:15}{edit_word(each):19}{deviations}"
+        needs = ", ".join(needs_in_words(each)) or "nothing beside the fine-tune"
+        below = (0, 0, 1, indent)
+        parts += [
+            Text.assemble((f"{each.name:{indent}}", "bold"), (facts, "dim")),
+            Padding(Text(f"{each.card.summary}\nneeds {needs}"), below),
+        ]
+    return tuple(parts)
 
 
 def paper_of(method: type[Method]) -> str:
@@ -114,7 +109,8 @@ def paper_of(method: type[Method]) -> str:
 
 def needs_in_words(method: type[Method]) -> list[str]:
     """Return what must be given beside the fine-tune: checkpoints, then texts."""
-    needs: list[str] = sorted(method.needs)
+    vector = {"aligned"} if method.paper_vector is not None else set[str]()
+    needs: list[str] = sorted(vector | method.needs)
     if method.paper_vector is not None:
         other = "base" if method.paper_vector == "unaligned" else "unaligned"
         needs.append(f"{method.paper_vector} (or {other})")
