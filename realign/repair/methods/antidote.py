@@ -47,7 +47,7 @@ of an adapter: A and B are pruned, A by its inputs x, B by its inputs A x; E = s
     "(`targets`)",
     edit_kind="dense; low-rank for an adapter, of twice its rank",
     cost="one forward pass of the fine-tune over the harmful samples; of the moments only the "
-    "diagonal is needed, for an adapter all of them",
+    "diagonal is needed, for an adapter all of them (up to 24 d_in^2 bytes)",
     deviations=(
         "k is rounded up, which is the public code's floor of the complement.",
         "alpha = 0.05 is the middle of what public scripts use: 0.1 for SST2, 0.01 to 0.05 for "

@@ -54,7 +54,8 @@ W' = (1 - M) (.) W_finetuned + M (.) W_e;  the other modules keep W_finetuned"""
     touches="weights of linear layers in decoder blocks; of an adapter its factors A and B",
     edit_kind="dense; low-rank for an adapter, of twice its rank",
     cost="one forward pass of the reference over the dialogues; one eigendecomposition per matrix "
-    "for the scores, and another for each selected matrix",
+    "for the scores, and another for each selected matrix; 8 d_in^2 "
+    "bytes for moments and up to 60 for every entry of the matrix",
     deviations=(
         "A given reference is W_strong, the aligned model W_weak: set b = 0 to take it as it is. "
         "Without one, W_e = W_aligned + b (W_aligned - W_unaligned), or W_aligned itself.",

@@ -53,9 +53,9 @@ W' = the q's: rejected entries hold W_aligned plus compensation""",
     touches="weights of linear layers in decoder blocks",
     edit_kind="dense: it decides entry by entry",
     cost="one forward pass of the aligned model over the dialogues; per matrix one Cholesky factor "
-    "of [d_in, d_in] and a sweep of about d_out d_in^2 multiplications, in float64: beside the "
-    "matrix 8 d_in^2 bytes for the moments, in whose place the factor is made, and half of it for "
-    "a moment (1.6 GB for d_in = 14336)",
+    "of [d_in, d_in] and a sweep of about d_out d_in^2 multiplications, in float64; up to "
+    "24 d_in^2 bytes while the moments are read and the factor is made in their place (4.9 GB for "
+    "d_in = 14336)",
     deviations=(
         "The budget of a block is proportional to its width, also of a narrow last one; the public "
         "code halves s for every block.",
