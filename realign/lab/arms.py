@@ -20,6 +20,7 @@ from realign.repair.methods.null_control import ReplaceNull
 from realign.repair.registry import METHODS, build_method
 
 DIAL = (0.25, 0.5, 0.75, 1.0)
+FINE = (0.4, 0.6, 0.7, 0.8, 0.9)
 BEYOND = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 REFUSAL_TUNING = "refusal_tuning"
 _NULL = "replace_null"
@@ -41,10 +42,16 @@ class Arm:
     """One repair each; the first is the usual one."""
     dial: tuple[float, ...] = DIAL
     """Strengths of every repair."""
+    fine: tuple[float, ...] = FINE
+    """Strengths between those of the dial, asked where a fine sweep is wanted."""
     usual: float = 1.0
     """The strength that stands for the method where none is chosen."""
     kind: str = "method"
     """method, baseline or control."""
+
+    def strengths(self, *, fine: bool) -> tuple[float, ...]:
+        """The dial, strongest first; with what lies between, where that is wanted."""
+        return tuple(sorted({*self.dial, *(self.fine if fine else ())}, reverse=True))
 
     def build(self, settings: Settings) -> Method:
         """The method with one of its settings.
@@ -78,6 +85,7 @@ DECLARED: tuple[Arm, ...] = (
         method="wise_ft",
         settings=({"a": 1.0},),
         dial=(0.2, 0.4, 0.5, 0.6, 0.7, 0.8),
+        fine=(0.05, 0.1, 0.15, 0.25, 0.3),
         usual=0.5,
         kind="baseline",
     ),
@@ -86,9 +94,17 @@ DECLARED: tuple[Arm, ...] = (
         method=_NULL,
         settings=_swept("rank", (8, 16)),
         dial=(1.0,),
+        fine=(),
         kind="control",
     ),
-    Arm(name="resta", method="resta", settings=_FULL, dial=(0.2, 0.3, 0.4, 0.5, 0.75), usual=0.5),
+    Arm(
+        name="resta",
+        method="resta",
+        settings=_FULL,
+        dial=(0.2, 0.3, 0.4, 0.5, 0.75),
+        fine=(0.35, 0.45, 0.6),
+        usual=0.5,
+    ),
     Arm(name="resta_base", method="resta", settings=_FULL_BASE, dial=BEYOND, usual=0.5),
     Arm(
         name="lssf",
@@ -108,6 +124,7 @@ DECLARED: tuple[Arm, ...] = (
         method="replace",
         settings=_swept("rank", (8, 2, 4, 6, 12, 16)),
         dial=(1.0,),
+        fine=(),
     ),
     Arm(name="lox", method="lox", settings=_swept("k", (6, 2)), dial=(0.25, 0.5, 0.75, 1.0, 1.25)),
     Arm(
@@ -132,6 +149,7 @@ DECLARED: tuple[Arm, ...] = (
             {"tau": 1.01, "w": 0.3},
         ),
         dial=(1.0,),
+        fine=(),
     ),
     Arm(name="somf", method="somf", dial=DIAL),
     Arm(
@@ -142,6 +160,7 @@ DECLARED: tuple[Arm, ...] = (
             *({"budget": "relative", "s": s} for s in (0.05, 0.2, 0.4, 0.6, 0.8)),
         ),
         dial=(1.0,),
+        fine=(),
     ),
     Arm(name="safe_patching", method="safe_patching", dial=BEYOND),
     Arm(
@@ -152,6 +171,7 @@ DECLARED: tuple[Arm, ...] = (
             *_swept("alpha", (0.1, 0.3, 0.5), prune_to="aligned"),
         ),
         dial=(1.0,),
+        fine=(),
     ),
     Arm(
         name="nlsr",
@@ -194,6 +214,7 @@ def find_arms(names: Sequence[str] | None = None) -> tuple[Arm, ...]:
     return tuple(arm for arm in present if arm.name in names or arm.method in names)
 
 
-def arm_facts(arm: Arm) -> str:
-    """What a cell depends on beside the data: settings and dial, as text."""
-    return json.dumps([arm.method, [dict(each) for each in arm.settings], arm.dial], sort_keys=True)
+def arm_range(arm: Arm, *, fine: bool) -> str:
+    """What is asked of an arm, settings and strengths, as text."""
+    settings = [dict(each) for each in arm.settings]
+    return json.dumps([settings, arm.strengths(fine=fine)], sort_keys=True)

@@ -2,8 +2,8 @@
 
 A repair is computed once per method, setting, scenario and seed by the ordinary engine; the dial is
 turned in memory. Every (method, scenario, seed) leaves one JSON file, a cell, which is kept while
-the method's code, its range, the models, the texts and the questions are the same. What the cells
-say together is worked out in `leaderboard`.
+the method's code, the models, the texts and the questions are the same; a wider range only adds
+points to it. What the cells say together is worked out in `leaderboard`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 
 from realign.audit.canonical import sha256_json
 from realign.errors import EmptyEditError, NothingToDoError, RealignError, UsageError
-from realign.lab.arms import REFUSAL_TUNING, Arm, Settings, arm_facts, find_arms
+from realign.lab.arms import REFUSAL_TUNING, Arm, Settings, arm_range, find_arms
 from realign.lab.baselines import refusal_tuning
 from realign.lab.build import finetune_variant
 from realign.lab.folders import save_model
@@ -74,6 +74,7 @@ def compare(
     methods: Sequence[str] | None = None,
     scenarios: Iterable[str] | None = None,
     seeds: Sequence[int] = SEEDS,
+    fine: bool = False,
     budget_seconds: float | None = None,
     progress: Progress = SILENT,
 ) -> Tally:
@@ -87,6 +88,7 @@ def compare(
         methods: arms or methods; None: all.
         scenarios: names; None: all.
         seeds: of the fine-tunes.
+        fine: also the strengths between those of the dial.
         budget_seconds: no cell is begun later than this.
         progress: shows cells, and why one could not be computed.
 
@@ -117,26 +119,29 @@ def compare(
                                 budget_seconds is not None
                                 and time.monotonic() - began > budget_seconds
                             )
-                            _fill(place, arm, tally, late=late, progress=progress)
+                            _fill(place, arm, tally, fine=fine, late=late, progress=progress)
                             task.advance()
     finally:
         torch.set_num_threads(threads)
     return tally
 
 
-def _fill(place: Place, arm: Arm, tally: Tally, *, late: bool, progress: Progress) -> None:
-    """Compute one cell if it is missing."""
+def _fill(
+    place: Place, arm: Arm, tally: Tally, *, fine: bool, late: bool, progress: Progress
+) -> None:
+    """Compute one cell, or what is missing of it."""
     if late:
         tally.left += 1
         return
     file = place.cells / f"{arm.name}.json"
-    key = _key(place, arm)
-    if _holds(file, key):
+    key, wanted = _key(place, arm), arm_range(arm, fine=fine)
+    old = _known(file, key)
+    if old.get("range") == wanted:
         tally.kept += 1
         return
     with tempfile.TemporaryDirectory(prefix="realign-compare-") as work:
         try:
-            cell = _Bench(place, arm, Path(work)).cell()
+            cell = _Bench(place, arm, arm.strengths(fine=fine), Path(work), old).cell()
         except RealignError as error:
             name = f"{place.name}, {arm.name}"
             tally.failed[name] = str(error)
@@ -145,6 +150,7 @@ def _fill(place: Place, arm: Arm, tally: Tally, *, late: bool, progress: Progres
     head = {
         "schema": CELL_SCHEMA,
         "key": key,
+        "range": wanted,
         "family": place.family.name,
         "scenario": place.scenario.name,
         "tasks": list(place.scenario.tasks),
@@ -159,19 +165,21 @@ def _fill(place: Place, arm: Arm, tally: Tally, *, late: bool, progress: Progres
         tally.done += 1
 
 
-def _holds(file: Path, key: str) -> bool:
-    """Whether the file is this very cell, computed without an error."""
+def _known(file: Path, key: str) -> dict[str, Any]:
+    """The cell as it lies there, if it is this very one and was computed without an error."""
     if not file.is_file():
-        return False
+        return {}
     try:
         data: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        return False
-    return data.get("key") == key and "error" not in data
+        return {}
+    return data if data.get("key") == key and "error" not in data else {}
 
 
 def _key(place: Place, arm: Arm) -> str:
-    return sha256_json({"place": place.digest, "arm": arm_facts(arm), "code": _code(arm)})
+    first = [dict(arm.settings[0]), arm.usual] if place.scenario.rounds > 1 else []
+    told = {"place": place.digest, "method": arm.method, "first": first, "code": _code(arm)}
+    return sha256_json(told)
 
 
 def _code(arm: Arm) -> str:
@@ -183,9 +191,17 @@ def _code(arm: Arm) -> str:
 class _Bench:
     """One arm on one place."""
 
-    def __init__(self, place: Place, arm: Arm, work: Path) -> None:
-        self.place, self.arm, self.work = place, arm, work
-        self.repairs: list[dict[str, Any]] = []
+    def __init__(
+        self,
+        place: Place,
+        arm: Arm,
+        strengths: Sequence[float],
+        work: Path,
+        old: Mapping[str, Any],
+    ) -> None:
+        self.place, self.arm, self.strengths, self.work = place, arm, strengths, work
+        self.repairs: list[dict[str, Any]] = list(old.get("repairs", ()))
+        self.known = {_place_of(point): point for point in old.get("points", ())}
 
     def cell(self) -> dict[str, Any]:
         """All points of the arm, with what they are compared to."""
@@ -215,15 +231,10 @@ class _Bench:
         self, settings: Settings, subject: Path, start: Weights, same: Any, number: int
     ) -> list[dict[str, Any]]:
         """The points of one repair, the dial turned in memory."""
-        try:
-            end = self._repaired(settings, subject, start, self.work / f"out{number}")
-        except RealignError as error:
-            return [{"settings": dict(settings), "strength": 1.0, "error": str(error)}]
+        end: Weights | None = None
         found: list[dict[str, Any]] = []
         before = _harm(same)
-        for strength in (
-            sorted(self.arm.dial, reverse=True) if end is not None else (self.arm.usual,)
-        ):
+        for strength in self.strengths:
             usual = number == 0 and strength == self.arm.usual
             point: dict[str, Any] = {
                 "settings": dict(settings),
@@ -231,14 +242,23 @@ class _Bench:
                 "label": self.arm.label(settings, strength),
                 "usual": usual,
             }
-            if end is None:
-                found.append(point | {"unchanged": True, "marks": same})
-                continue
             spared = found and (
                 before <= HARMLESS or _harm(found[-1]["marks"]) >= HOPELESS * before
             )
             if spared and not usual:
                 continue
+            if (old := self.known.get(_place_of(point))) is not None:
+                found.append(point | old)
+                continue
+            try:
+                if end is None:
+                    end = self._repaired(settings, subject, start, self.work / f"out{number}")
+            except RealignError as error:
+                return [point | {"error": str(error)}]
+            if end is None:
+                usual = point["strength"] = self.arm.usual
+                told = {"unchanged": True, "usual": number == 0, "marks": same}
+                return [point | told | {"label": self.arm.label(settings, usual)}]
             found.append(point | {"marks": self.place.ask(interpolated(start, end, strength))})
         return found
 
@@ -301,6 +321,10 @@ class _Bench:
             out=self.work / "again",
         )
         return again, {"first_round": place.ask(weights)}
+
+
+def _place_of(point: Mapping[str, Any]) -> str:
+    return json.dumps([point["settings"], point["strength"]], sort_keys=True)
 
 
 def _harm(marks: Mapping[str, Any]) -> float:

@@ -83,6 +83,14 @@ def test_a_finished_cell_is_kept_until_its_range_changes(
     use(monkeypatch, Arm(name="replace", method="replace", settings=({"rank": 2},), dial=(1.0,)))
     assert compare.compare([tiny.family], tiny.out, seeds=[1]).done == 1
     assert json.loads(file.read_text(encoding="utf-8"))["points"][0]["settings"] == {"rank": 2}
+    wide = Arm(name="replace", method="replace", settings=({"rank": 2},), dial=(1.0,), fine=(0.5,))
+    use(monkeypatch, wide)
+    before = json.loads(file.read_text(encoding="utf-8"))
+    assert compare.compare([tiny.family], tiny.out, seeds=[1]).kept == 1
+    assert compare.compare([tiny.family], tiny.out, seeds=[1], fine=True).done == 1
+    after = json.loads(file.read_text(encoding="utf-8"))
+    assert [point["strength"] for point in after["points"]] == [1.0, 0.5]
+    assert after["points"][0] == before["points"][0]
     late = compare.compare([tiny.family], tiny.out, seeds=[1, 2], budget_seconds=-1.0)
     assert (late.done, late.left) == (0, 2)
 

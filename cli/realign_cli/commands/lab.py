@@ -221,6 +221,9 @@ def compare(
     seeds: Annotated[
         str, typer.Option("--seeds", metavar="N,N", help="Seeds of the fine-tunes.")
     ] = "1,2,3",
+    fine: Annotated[
+        bool, typer.Option("--fine", help="Also the strengths between those of the dial.")
+    ] = False,
     budget_seconds: Annotated[
         float | None,
         typer.Option("--budget-seconds", metavar="S", help="Begin nothing new after so long."),
@@ -246,6 +249,7 @@ def compare(
         methods=_split(methods),
         scenarios=_split(scenarios),
         seeds=numbers,
+        fine=fine,
         budget_seconds=budget_seconds,
         progress=sink.progress,
     )
