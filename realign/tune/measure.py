@@ -24,7 +24,6 @@ from realign.audit.instruments import (
 from realign.audit.judging import response_judge
 from realign.audit.outcomes import Response, judge_responses, outcomes_of
 from realign.audit.suites import Suite
-from realign.errors import UsageError
 from realign.model.chat import encode
 from realign.model.generation import generate
 from realign.model.loading import LoadedModel
@@ -143,16 +142,7 @@ class Meter:
             batch_size: prompts at a time.
             max_new_tokens: of answers; None: what the suite asks for.
             progress: counts prompts.
-
-        Raises:
-            UsageError: a judge that needs more than answers.
         """
-        for name, judge in judges.items():
-            if judge == "logprob":
-                raise UsageError(
-                    f"suite {name}: the judge logprob needs a threshold that only an audit fits",
-                    "tune with --judge keyword, or with a suite that carries its rule",
-                )
         self._loaded = loaded
         self._suites = tuple(suites)
         self._judges = judges

@@ -16,7 +16,7 @@ from realign.audit.prepare import CONTAMINATED, prepare
 from realign.audit.request import AuditRequest
 from realign.audit.suites import Suite
 from realign.checkpoint.layouts import original
-from realign.errors import OutputError
+from realign.errors import OutputError, UsageError
 from realign.model.loading import load_model
 from realign.progress import SILENT, Progress
 from realign.repair.engine import prepare_statistics
@@ -181,7 +181,11 @@ def _calibration(request: TuneRequest, plan: Plan) -> list[str]:
 
 
 def _judges(request: TuneRequest, split: Split) -> dict[str, str]:
-    """The primary judge of every suite of either side, by its name."""
+    """The primary judge of every suite of either side, by its name.
+
+    Raises:
+        UsageError: a judge that is not known, or that needs more than answers.
+    """
     found: dict[str, str] = {}
     for suites in (split.tuning, split.held_out):
         prepared = prepare(
@@ -195,6 +199,12 @@ def _judges(request: TuneRequest, split: Split) -> dict[str, str]:
             )
         )
         found |= prepared.primary
+    for name, judge in found.items():
+        if judge == "logprob":
+            raise UsageError(
+                f"suite {name}: the judge logprob needs a threshold that only an audit fits",
+                "tune with --judge keyword, or with a suite that carries its rule",
+            )
     return found
 
 

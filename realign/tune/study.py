@@ -259,6 +259,8 @@ class StudyFile:
         if self._groups == 1:
             return None
         best = None if self.finetuned is None else best_of(trials, self.finetuned, limits)
+        if best is not None and min(best.point) >= self._top:
+            return None  # anything else is less of the same
         for point in () if best is None else _around(best.point, self._top):
             if point not in known:
                 return point
