@@ -42,7 +42,7 @@ import realign.audit  # pyright: ignore[reportUnusedImport]
 import realign.diff  # pyright: ignore[reportUnusedImport]
 import realign.repair  # noqa: F401 # pyright: ignore[reportUnusedImport]
 from realign._version import __version__
-from realign.api import audit, diff, open_checkpoint, plan, repair
+from realign.api import audit, diff, open_checkpoint, plan, repair, repair_several
 from realign.errors import RealignError
 
 __all__ = [
@@ -53,4 +53,5 @@ __all__ = [
     "open_checkpoint",
     "plan",
     "repair",
+    "repair_several",
 ]

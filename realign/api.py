@@ -1,4 +1,4 @@
-"""The public functions: repair, plan, audit, diff, open_checkpoint.
+"""The public functions: repair, repair_several, plan, audit, diff, open_checkpoint.
 
 Each wraps one entry point of a room and takes plain values: paths, names, numbers. Everything heavy
 is imported inside the functions, so that `import realign` costs nothing and `realign --help` is
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from realign.diff.result import Difference
     from realign.repair.engine import RepairResult
     from realign.repair.plan import Plan
+    from realign.repair.several import Outcome
 
 
 def repair(
@@ -132,6 +133,38 @@ def repair(
         offline=offline,
     )
     return carry_out(request, progress=progress)
+
+
+def repair_several(
+    finetuned: Sequence[str | Path],
+    *,
+    out: str | Path,
+    method: str = "lssf",
+    settings: Mapping[str, Any] | None = None,
+    progress: Progress = SILENT,
+    **options: Any,
+) -> tuple[Outcome, ...]:
+    """Repair several fine-tunes of one family; what depends on the family is worked out once.
+
+    Args:
+        finetuned: the checkpoints to repair, as for `repair`.
+        out: the folder that gets one folder for each, of the last part of its path or Hub id.
+        method: as for `repair`.
+        settings: as for `repair`.
+        progress: shows what is being done.
+        **options: any other option of `repair`.
+
+    Returns:
+        For each fine-tune its result, or the error that it ended with; the others are whole.
+
+    Raises:
+        RealignError: one of them cannot be repaired for reasons that headers show, or two would get
+            the same folder; nothing is written then.
+    """
+    from realign.repair.several import repair_several as carry_out
+
+    request = _repair_request("", output=out, method=method, settings=settings or {}, **options)
+    return carry_out(request, list(finetuned), progress=progress)
 
 
 def plan(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import doctest
 import inspect
 import json
@@ -15,8 +16,10 @@ from support.cli_support import FAMILY, model, suite
 
 import realign
 from realign import api
+from realign.repair.request import RepairRequest
 
-NAMES = {"RealignError", "__version__", "audit", "diff", "open_checkpoint", "plan", "repair"}
+FUNCTIONS = ["audit", "diff", "open_checkpoint", "plan", "repair", "repair_several"]
+NAMES = {"RealignError", "__version__", *FUNCTIONS}
 
 
 def test_all_is_exactly_the_public_names() -> None:
@@ -26,7 +29,7 @@ def test_all_is_exactly_the_public_names() -> None:
         assert getattr(realign, name) is not None
 
 
-@pytest.mark.parametrize("name", ["audit", "diff", "open_checkpoint", "plan", "repair"])
+@pytest.mark.parametrize("name", FUNCTIONS)
 def test_functions_are_functions_with_documented_keyword_only_options(name: str) -> None:
     function = getattr(realign, name)
     assert inspect.isfunction(function), f"realign.{name} is the function, not the package"
@@ -74,6 +77,26 @@ def test_the_example_in_the_docstring_runs(tmp_path: Path, monkeypatch: pytest.M
     assert outcome.failed == 0
     assert (tmp_path / "repaired" / "realign.json").is_file()
     assert (tmp_path / "audit" / "report.html").is_file()
+
+
+def test_every_option_of_a_request_is_one_of_repair() -> None:
+    """`in_flight` and the like belong to the engine; what a user words, the API takes."""
+    taken = set(inspect.signature(api.repair).parameters)
+    fields = {each.name for each in dataclasses.fields(RepairRequest)}
+    own = {"output": "out", "suites": None, "cache_dir": None, "command": None}
+    assert {own.get(name, name) for name in fields} - {None} <= taken
+
+
+def test_a_part_of_a_model_and_several_of_them(tmp_path: Path) -> None:
+    family = {"aligned": model("aligned"), "base": model("base")}
+    options = {"method": "delta_svd", "layers": "0", "modules": "q_proj", **family}
+    (outcome,) = realign.repair_several([model()], out=tmp_path / "all", **options)
+    assert outcome.error is None and outcome.result is not None
+    assert {(row.layer, row.module) for row in outcome.result.rows} == {(0, "q_proj")}
+    alone = realign.repair(model(), out=tmp_path / "one", **options)
+    assert [row.edit_norm for row in alone.rows] == [r.edit_norm for r in outcome.result.rows]
+    with pytest.raises(realign.RealignError, match="no option"):
+        realign.repair_several([model()], out=tmp_path / "x", stength=1.0, **family)
 
 
 def test_plan_writes_nothing_and_is_plain_data(tmp_path: Path) -> None:

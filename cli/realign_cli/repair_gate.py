@@ -58,7 +58,7 @@ class RepairGate:
                 suites=self._suites,
                 judges=tuple(options["judges"] or ()),
                 policy=self._policy,
-                calibration=_calibration(request),
+                calibration=_calibration(request, temporary),
                 out=self.folder,
                 seed=request.seed,
                 device=request.device,
@@ -110,11 +110,12 @@ class RepairGate:
         self._sink.line(str(self.folder / "report.html"))
 
 
-def _calibration(request: RepairRequest) -> tuple[Any, ...]:
+def _calibration(request: RepairRequest, folder: Path) -> tuple[Any, ...]:
+    """The anchors, where the repair asked them; texts are compared with the suites by the plan."""
+    from realign.checkpoint.manifest import read_manifest
     from realign.repair.plan_anchors import load_anchors
-    from realign.repair.registry import find_method
 
-    assert isinstance(request.method, str)
-    if not find_method(request.method).needs_anchors:
+    manifest = read_manifest(folder)
+    if manifest is None or manifest["anchors"] is None:
         return ()
     return (load_anchors(request.anchors),)
