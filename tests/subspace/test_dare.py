@@ -35,7 +35,7 @@ def test_kept_entries_are_exactly_enlarged_and_the_others_zero(rate: float) -> N
 
 
 def test_the_mean_over_many_seeds_tends_to_the_difference() -> None:
-    delta, rate, seeds = matrix(6, 5, seed=1), 0.3, 4000
+    delta, rate, seeds = matrix(6, 5, seed=1), 0.3, 1000
     total = sum(rescale_kept(delta, kept(delta, rate, seed=s), rate) for s in range(seeds))
     assert isinstance(total, Tensor)
     spread = delta.abs() * math.sqrt(rate / (1 - rate) / seeds)

@@ -248,7 +248,7 @@ def test_hardening_writes_what_post_hoc_gives_on_a_fine_tune_that_has_not_moved(
     assert edited(hard) == edited(post) != set()
 
 
-@every_method
+@pytest.mark.parametrize("method", ["lox", "safe_lora", "resta"])
 def test_threads_and_strength(tmp_path: Path, trio_of, method: str) -> None:
     """The result does not depend on threads; at strength t it lies on the way to the method's."""
     trio = trio_of("llama")

@@ -87,7 +87,7 @@ def test_the_draw_belongs_to_seed_and_name(dare: str) -> None:
 
 
 def test_the_mean_over_many_seeds_is_plain_resta() -> None:
-    layer, seeds, rate = layer_of((4, 5)), 3000, 0.3
+    layer, seeds, rate = layer_of((4, 5)), 600, 0.3
     plain = repaired(Resta(gamma=0.5, safety_vector="base"), layer)
     for dare, vector in (
         ("task", layer.task_vector()),
