@@ -19,7 +19,7 @@ from support.layouts_support import make_family, respelled, split_phi3, stack_ex
 from support.repair_support import Trio, make_trio, read_folder
 from torch import Tensor
 
-from realign.errors import EmptyEditError, NothingToDoError
+from realign.errors import EmptyEditError, NothingToDoError, UsageError
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
 
@@ -82,6 +82,33 @@ def test_tied_embeddings_are_edited_once(tmp_path: Path, scope: str) -> None:
     assert out.keys() == before.keys()
     assert "lm_head.weight" not in out
     assert not torch.equal(out["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+
+
+def test_lox_over_matrices_edits_what_the_public_code_does_and_no_vector(tmp_path: Path) -> None:
+    """Everything with more than one dimension, embeddings and head included."""
+    trio = make_trio(tmp_path, "qwen2")
+    run(tmp_path / "out", "lox", scope="matrices", **roles(trio))
+    out = read_folder(tmp_path / "out")
+    for name, tensor in read_folder(trio.finetuned).items():
+        assert torch.equal(out[name], tensor) is (tensor.dim() == 1), name
+    assert not torch.equal(out["lm_head.weight"], read_folder(trio.finetuned)["lm_head.weight"])
+    with pytest.raises(UsageError, match="norms and biases"):
+        run(tmp_path / "all", "lox", scope="all", **roles(trio))
+
+
+def test_rows_of_a_larger_vocabulary_are_copied(tmp_path: Path) -> None:
+    """The public code pairs without a look at shapes; only common rows have a difference."""
+    trio = make_trio(tmp_path, "qwen2")
+    model = load(trio.finetuned)
+    model.resize_token_embeddings(70, mean_resizing=False)
+    model.save_pretrained(tmp_path / "larger")
+    larger = {**roles(trio), "finetuned": tmp_path / "larger"}
+    run(tmp_path / "out", "lox", scope="matrices", **larger)
+    run(tmp_path / "plain", "lox", scope="matrices", **roles(trio))
+    before, out = read_folder(tmp_path / "larger"), read_folder(tmp_path / "out")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert torch.equal(out[name][64:], before[name][64:])
+        assert torch.equal(out[name][:64], read_folder(tmp_path / "plain")[name])
 
 
 @pytest.fixture(scope="module")
