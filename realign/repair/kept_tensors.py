@@ -65,6 +65,25 @@ def kept_tensors(
     return made
 
 
+def tables_of(
+    made: Mapping[str, Tensor],
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Return tensors named "table/key" as tables, and scalars by name as facts.
+
+    Args:
+        made: as a method left them.
+    """
+    tables: dict[str, dict[str, Tensor]] = {}
+    facts: dict[str, float] = {}
+    for name, tensor in made.items():
+        table, slash, key = name.partition("/")
+        if slash:
+            tables.setdefault(table, {})[key] = tensor
+        else:
+            facts[name] = float(tensor)
+    return tables, facts
+
+
 def _read(path: Path, about: str) -> dict[str, Tensor]:
     with safe_open(path, "pt") as opened:
         if (opened.metadata() or {}).get(_ABOUT) != about:

@@ -25,6 +25,7 @@ from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.safe_delta import SafeDelta
 from realign.repair.methods.safe_lora import SafeLora
+from realign.repair.methods.safe_patching import SafePatching
 from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.somf import Somf
 from realign.repair.methods.wise_ft import WiseFt
@@ -50,6 +51,7 @@ METHODS: Mapping[str, type[Method]] = {
         QRealign,
         OneShot,
         Somf,
+        SafePatching,
     )
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, cast
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from realign.errors import UsageError
 from realign.repair.edit import Dense, Edit, Layer, LoraFactors, Unchanged, from_factors
+from realign.repair.kept_tensors import tables_of
 from realign.repair.method import Card, Given, Method, Settled, with_settings
 from realign.repair.parameters import Choice, Either, Flag, Integer, Real, parameter
 from realign.repair.preparation import Data, Statistics, Workbench
@@ -194,14 +195,7 @@ class Somf(Method):
         made = workbench.cached(
             "somf", {"settings": self.settings()}, lambda: train_logits(self, workbench)
         )
-        tables: dict[str, dict[str, Tensor]] = {}
-        facts: dict[str, float] = {}
-        for name, tensor in made.items():
-            table, slash, key = name.partition("/")
-            if slash:
-                tables.setdefault(table, {})[key] = tensor
-            elif not tensor.dim():
-                facts[name] = float(tensor)
+        tables, facts = tables_of(made)
         return Statistics(tables=tables, facts=facts)
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
@@ -298,10 +292,3 @@ def factor_edit(lora: LoraFactors, up: Tensor, down: Tensor) -> tuple[Tensor, Te
     """Return (left, right) with left @ right = s (B' A' - B A), of rank 2 r."""
     left = lora.scale * torch.cat([up, -lora.up.float()], dim=1)
     return left, torch.cat([down, lora.down.float()])
-
-
-def named_tables(tables: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return tables as the cache keeps them: "table/key"."""
-    return {
-        f"{table}/{key}": each for table, found in tables.items() for key, each in found.items()
-    }

@@ -27,7 +27,7 @@ from realign.repair.methods.short_runs import (
     reply_positions,
     shuffled,
 )
-from realign.repair.methods.somf import Somf, named_tables, task_vectors
+from realign.repair.methods.somf import Somf, task_vectors
 from realign.repair.preparation import RunningModel, Workbench
 from realign.subspace.concrete import concrete, factor
 from realign.subspace.keyed import uniforms
@@ -125,7 +125,7 @@ class _MergedFusion(Fusion):
         }
 
     def stored(self, logits: Masks) -> dict[str, Tensor]:
-        made = named_tables({"logits": logits})
+        made = {f"logits/{key}": each for key, each in logits.items()}
         if self._nonlinear:
             masks = _deployed(self._method, logits, self._layers)
             made["ties/thresholds"] = torch.tensor(self._thresholds(masks), dtype=torch.float64)

@@ -22,7 +22,8 @@ from realign.errors import EmptyEditError, UsageError
 from realign.model.chat import EncodedReply
 from realign.repair.edit import Dense, Layer, LowRank, Unchanged
 from realign.repair.method import Given
-from realign.repair.methods.one_shot import OneShot, leading_part, line_search
+from realign.repair.methods.one_shot import OneShot
+from realign.repair.methods.one_shot_steps import leading_part, line_search
 from realign.repair.methods.short_runs import reply_loss
 from realign.repair.preparation import NO_STATISTICS, Statistics
 from realign.repair.running import LiveModel
