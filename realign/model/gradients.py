@@ -119,6 +119,12 @@ def collect_gradients(
                 if run.begun:
                     raise ModelError(f"{loaded.name}: its blocks differ between texts") from error
                 outside = list(keys)
+        if outside and loaded.offloaded:
+            raise ModelError(
+                f"{loaded.name}: {outside[0]} needs a backward pass through the whole model, which "
+                "is not in memory",
+                "leave --offload out, or leave the matrix out with --modules",
+            )
         if outside:
             run.plainly(examples, outside)
     run.average(keys)

@@ -24,6 +24,7 @@ from realign.checkpoint.reader import Checkpoint, open_checkpoint
 from realign.errors import ModelError
 from realign.model.chat import chat_template, chat_template_sha256, end_of_turn_id
 from realign.model.devices import pick_device
+from realign.model.offload import OffloadedWeights
 from realign.model.pretrained import attach_adapter, dtype_on_disk, tokenizer_in, weights_in
 from realign.model.quiet import quiet_libraries
 from realign.model.unit_weights import in_dtype
@@ -138,7 +139,7 @@ def load_model(
     places = _find(source)
     folder, adapter = places.model, places.adapter
     if offload:
-        raise ModelError(f"{places.name} cannot be read block by block yet")
+        return _offloaded(source, places, device=place, dtype=dtype)
     with quiet_libraries():
         tokenizer = tokenizer_in(folder, adapter)
         if template_from is not None:
@@ -156,6 +157,61 @@ def load_model(
             ) from error
     folders = [folder] if adapter is None else [adapter, folder]
     return wrap_model(model, tokenizer, name=places.name, folders=folders)
+
+
+@dataclass(frozen=True)
+class OffloadedModel(LoadedModel):
+    """A model whose weights are read when they are needed."""
+
+    weights: OffloadedWeights = field(repr=False)
+
+    @property
+    def offloaded(self) -> bool:
+        """See `LoadedModel.offloaded`."""
+        return True
+
+    @contextmanager
+    def held_weights(self, dtype: torch.dtype | None = None) -> Generator[Callable[[], None]]:
+        """See `LoadedModel.held_weights`."""
+        with self.weights.hold(dtype) as let_go:
+            yield let_go
+
+    def unload(self) -> None:
+        """Free what is in place. The object can no longer be run."""
+        self.weights.close()
+        super().unload()
+
+
+def _offloaded(
+    source: str | Path | Checkpoint,
+    places: _Places,
+    *,
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> OffloadedModel:
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source, offline=True)
+    if places.vocabulary is not None:
+        raise ModelError(
+            f"{places.name} changes the vocabulary of its base: it cannot be read block by block",
+            "leave --offload out",
+        )
+    own = dtype or dtype_on_disk(places.model)
+    if own is None:
+        raise ModelError(f"{places.name} holds no weights of a float type")
+    with quiet_libraries():
+        tokenizer = tokenizer_in(places.model, places.adapter)
+        weights = OffloadedWeights(checkpoint, places.model, dtype=own, device=device)
+    folders = [places.model] if places.adapter is None else [places.adapter, places.model]
+    return OffloadedModel(
+        model=weights.model,
+        tokenizer=tokenizer,
+        device=device,
+        name=places.name,
+        stop_ids=_stop_ids(weights.model, tokenizer, folders),
+        chat_template_sha256=chat_template_sha256(tokenizer),
+        dtype=own,
+        weights=weights,
+    )
 
 
 def wrap_model(

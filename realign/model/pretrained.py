@@ -29,6 +29,8 @@ from realign.errors import MissingExtraError, ModelError
 
 log = logging.getLogger(__name__)
 
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+
 # safetensors spellings of the dtypes a model can be run in.
 _FLOAT_DTYPES = {
     "F64": torch.float64,
@@ -90,15 +92,7 @@ def weights_in(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     Raises:
         ModelError: an unknown architecture, missing or misshapen weights.
     """
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = AutoConfig.from_pretrained(folder, **local)
-    except Exception as error:  # an untrusted JSON file can break its reader anywhere
-        raise ModelError(
-            f"{folder / 'config.json'} cannot be used: {_first_line(error)}",
-            "realign runs architectures that the installed transformers knows, without code from "
-            "the folder; a newer transformers may know this one",
-        ) from error
+    config = _config_in(folder)
     try:
         loaded: Any = _auto_class(config).from_pretrained(
             folder,
@@ -108,7 +102,7 @@ def weights_in(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             # A clean one, so that the folder's own is never obeyed.
             generation_config=GenerationConfig(),
             output_loading_info=True,
-            **local,
+            **_LOCAL,
         )
     except Exception as error:  # safetensors, torch and transformers each raise their own
         raise ModelError(
@@ -126,6 +120,34 @@ def weights_in(folder: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         log.warning("%s: weights not used: %s", folder, _some(sorted(info["unexpected_keys"])))
     model.requires_grad_(False)
     return model
+
+
+def skeleton_in(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model without weights, in evaluation mode: every tensor is on the meta device.
+
+    Raises:
+        ModelError: an unknown architecture.
+    """
+    config = _config_in(folder)
+    try:
+        with torch.device("meta"):
+            made: Any = _auto_class(config).from_config(config, dtype=dtype)
+    except Exception as error:
+        raise ModelError(f"the model in {folder} cannot be built: {_first_line(error)}") from error
+    made.generation_config = GenerationConfig()
+    model: PreTrainedModel = made.eval()
+    return model
+
+
+def _config_in(folder: Path) -> Any:
+    try:
+        return AutoConfig.from_pretrained(folder, **_LOCAL)
+    except Exception as error:  # an untrusted JSON file can break its reader anywhere
+        raise ModelError(
+            f"{folder / 'config.json'} cannot be used: {_first_line(error)}",
+            "realign runs architectures that the installed transformers knows, without code from "
+            "the folder; a newer transformers may know this one",
+        ) from error
 
 
 def _auto_class(config: Any) -> Any:

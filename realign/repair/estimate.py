@@ -118,12 +118,28 @@ def estimate_repair(
         read += sum(info.nbytes for info in used["aligned"].tensors.values())
         measuring = calibration_bytes(used["aligned"], matching, finetuned, offload=offload)
         held = max(held, measuring) + MODEL_LIBRARY_BYTES
+    training = method.training_bytes(
+        model=sum(info.numel for info in finetuned.tensors.values()), **_edited(matching, finetuned)
+    )
+    if training:
+        held = max(held, training) + MODEL_LIBRARY_BYTES
     return Estimate(
         read=read,
         written=0 if patch else written,
         peak_memory=INTERPRETER_BYTES + held,
         largest_matrix=largest,
     )
+
+
+def _edited(matching: Matching, finetuned: Checkpoint) -> dict[str, int]:
+    """How many entries and rows the matrices have that are edited."""
+    shapes = [
+        slot_shape(finetuned.tensors[slot.tensor].shape, slot)
+        for pair in matching.pairs
+        if pair.action == "edit"
+        for slot in pair.slots
+    ]
+    return {"edited": sum(map(math.prod, shapes)), "rows": sum(rows for rows, _ in shapes)}
 
 
 def most_together(costs: Sequence[int], budget: int) -> int:
