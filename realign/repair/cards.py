@@ -11,6 +11,8 @@ from pathlib import Path
 from realign.repair.method import Method
 from realign.repair.parameters import Parameter, Value
 from realign.repair.registry import METHODS
+from realign.repair.request import ROLE_OPTIONS
+from realign.repair.texts import OPTIONS
 
 VECTOR_WORDS = {
     "base": "aligned - base",
@@ -35,14 +37,14 @@ def write_cards(folder: Path) -> None:
 def render_card(method: type[Method]) -> str:
     """Return the page of one method."""
     card = method.card
-    example = f"realign repair FINETUNED --aligned ALIGNED {_vector_option(method)}"
+    example = " ".join(["realign repair FINETUNED", *_options(method)])
     blocks = [
         f"# {method.name}: {card.title}",
         f"{_sentence(card.summary)}",
         f"Source: {card.source}.",
         f"## Idea\n\n{card.idea}",
         f"## Equations\n\n```\n{card.equations}\n```",
-        f"```\n{example}--method {method.name} -o REPAIRED\n```",
+        f"```\n{example} --method {method.name} -o REPAIRED\n```",
         _facts(method),
         "## Parameters\n\nSet with `--set name=value`.\n\n" + _parameter_table(method.parameters()),
     ]
@@ -114,8 +116,16 @@ def _parameter_table(parameters: Iterable[Parameter]) -> str:
     return "\n".join([head, "|---|---|---|---|---|---|", *rows])
 
 
-def _vector_option(method: type[Method]) -> str:
-    return "" if method.paper_vector is None else f"--{method.paper_vector} MODEL "
+def _options(method: type[Method]) -> list[str]:
+    """What the method is run with: its checkpoints and texts; anchors stand in for safe texts."""
+    roles = set[str](method.needs)
+    if method.paper_vector is not None:
+        roles |= {"aligned", method.paper_vector}
+    models = [
+        f"{ROLE_OPTIONS[role]} {'ALIGNED' if role == 'aligned' else 'MODEL'}"
+        for role in sorted(roles)
+    ]
+    return [*models, *(f"{OPTIONS[data]} FILE" for data in sorted(method.data - {"safe"}))]
 
 
 def _spell(value: Value) -> str:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from realign.checkpoint.adapter import AdapterCheckpoint
 from realign.checkpoint.reader import Checkpoint
 from realign.errors import UsageError
+from realign.repair.cards import edit_word
 from realign.repair.method import Method
 from realign.repair.patch_adapter import check_extendable
 
@@ -33,7 +34,7 @@ def check_patch(request: RepairRequest, method: Method, finetuned: Checkpoint) -
         if rank is not None:
             raise UsageError("--max-patch-rank belongs to --patch", "add --patch")
         return
-    if edits_entries(method) and rank is None:
+    if (edits_entries(method) or edit_word(type(method)) == "dense") and rank is None:
         raise UsageError(
             f"{method.name} edits every entry: its edit is no LoRA patch",
             "leave out --patch, use a low-rank method (replace, delta_svd, lssf), or keep its best "

@@ -189,6 +189,12 @@ def test_texts_that_no_one_reads_are_remarked_on(tmp_path: Path) -> None:
     assert found.json["texts"] == {}
 
 
+@pytest.mark.parametrize("method", ["safe_delta", "wise_ft", "q_realign"])
+def test_a_dense_method_says_at_once_that_it_makes_no_patch(tmp_path: Path, method: str) -> None:
+    options = ["--method", method, "--patch", "--keep-data", _file(tmp_path, ROW)]
+    refused(repair(tmp_path, None, *options), f"{method} edits every entry", "--max-patch-rank")
+
+
 # --- parts of a model, several models, encodings -------------------------------------------------
 
 
