@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from torch import Tensor
 from realign.checkpoint.int8 import int8_matrix, read_int8
 from realign.checkpoint.reader import open_checkpoint
 from realign.checkpoint.verification import verify_output
-from realign.errors import CheckpointError, OutputError, UsageError
+from realign.errors import CheckpointError, EmptyEditError, OutputError, SuiteError, UsageError
 from realign.progress import SilentProgress
 from realign.repair.engine import RepairResult, repair
 from realign.repair.plan import plan
@@ -64,24 +63,36 @@ def write_texts(folder: Path) -> dict[str, Path]:
     return files
 
 
-def run(folder: Path, *, encode: str | None = "compressed-tensors", **options: Any) -> RepairResult:
-    files = write_texts(folder)
-    settings = {"prompts": 24, "epochs_first": 1, "epochs_rest": 1}
-    settings |= options.pop("settings", {})
-    options = {"method": "q_realign", "output": folder / "out", **options}
-    return repair(
-        RepairRequest(
-            finetuned=folder / "finetuned",
-            aligned=folder / "aligned",
-            anchors=files["anchors"],
-            keep_data=files["keep"],
-            settings=settings,
-            encode=encode,
-            cache_dir=folder / "cache",
-            device="cpu",
-            **options,
-        )
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 llama pair; the cache beside it keeps the training for the next test."""
+    folder = tmp_path_factory.mktemp("shared")
+    save_pair(folder, llama())
+    write_texts(folder)
+    return folder
+
+
+def asked(folder: Path, out: Path, **options: Any) -> RepairRequest:
+    settings = {"prompts": 16, "epochs_first": 1, "epochs_rest": 1, **options.pop("settings", {})}
+    fixed: dict[str, Any] = {
+        "method": "q_realign",
+        "encode": "compressed-tensors",
+        "anchors": folder / "anchors.jsonl",
+        "keep_data": folder / "keep.jsonl",
+        "settings": settings,
+    }
+    return RepairRequest(
+        finetuned=folder / "finetuned",
+        aligned=folder / "aligned",
+        output=out,
+        cache_dir=folder / "cache",
+        device="cpu",
+        **{**fixed, **options},
     )
+
+
+def run(folder: Path, out: Path, **options: Any) -> RepairResult:
+    return repair(asked(folder, out, **options))
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -104,7 +115,8 @@ def stored(folder: Path) -> dict[str, Tensor]:
 def test_the_integers_are_the_export(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     save_pair(tmp_path, MODELS[name](), dtype=dtype)
-    run(tmp_path)
+    write_texts(tmp_path)
+    run(tmp_path, tmp_path / "out")
     out, packed = tmp_path / "out", tmp_path / "out" / "compressed-tensors"
     plain, coded = stored(out), stored(packed)
     modules = [key.removesuffix("_scale") for key in coded if key.endswith(".weight_scale")]
@@ -145,10 +157,11 @@ def norm_before(weight: str) -> str | None:
     return None
 
 
-def test_both_folders_are_verified_and_the_integers_are_refused_as_input(tmp_path: Path) -> None:
-    save_pair(tmp_path, llama())
-    run(tmp_path)
+def test_both_folders_are_verified_and_the_integers_are_refused_as_input(
+    shared: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
+    run(shared, out)
     for folder in (out, out / "compressed-tensors"):
         report = verify_output(folder)
         assert report.intact and report.tensors > 0, report.problems
@@ -167,78 +180,51 @@ def test_both_folders_are_verified_and_the_integers_are_refused_as_input(tmp_pat
     assert any("missing" in each.what for each in verify_output(out).problems)
 
 
-def test_the_plan_counts_the_bytes_of_both_folders(tmp_path: Path) -> None:
-    save_pair(tmp_path, llama(), dtype=torch.bfloat16)
-    files = write_texts(tmp_path)
-    request = RepairRequest(
-        finetuned=tmp_path / "finetuned",
-        aligned=tmp_path / "aligned",
-        anchors=files["anchors"],
-        keep_data=files["keep"],
-        method="q_realign",
-        settings={"prompts": 24, "epochs_first": 1, "epochs_rest": 1},
-        output=tmp_path / "out",
-        cache_dir=tmp_path / "cache",
-        device="cpu",
-    )
-    alone = plan(request).estimate.written
-    both = plan(replace(request, encode="compressed-tensors")).estimate.written
-    repair(replace(request, encode="compressed-tensors"))
-    tensors = stored(tmp_path / "out" / "compressed-tensors").values()
+def test_the_plan_counts_the_bytes_of_both_folders(shared: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    alone = plan(asked(shared, out, encode=None)).estimate.written
+    both = plan(asked(shared, out)).estimate.written
+    run(shared, out)
+    tensors = stored(out / "compressed-tensors").values()
     assert both - alone == sum(each.nbytes for each in tensors)
 
 
-def test_an_interrupted_run_takes_up_both_folders(tmp_path: Path) -> None:
-    save_pair(tmp_path, llama())
-    files = write_texts(tmp_path)
+def test_an_interrupted_run_takes_up_both_folders(shared: Path, tmp_path: Path) -> None:
     notes: list[str] = []
 
     class Notes(SilentProgress):
         def note(self, text: str) -> None:
             notes.append(text)
 
-    request = RepairRequest(
-        finetuned=tmp_path / "finetuned",
-        aligned=tmp_path / "aligned",
-        anchors=files["anchors"],
-        keep_data=files["keep"],
-        method="q_realign",
-        settings={"prompts": 24, "epochs_first": 1, "epochs_rest": 1},
-        encode="compressed-tensors",
-        output=tmp_path / "out",
-        cache_dir=tmp_path / "cache",
-        device="cpu",
-    )
-
     def stop(_folder: Path) -> None:
         raise KeyboardInterrupt
 
+    out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        repair(request, before_commit=stop)
-    assert not (tmp_path / "out").exists()
-    repair(request, progress=Notes())
+        repair(asked(shared, out), before_commit=stop)
+    assert not out.exists()
+    repair(asked(shared, out), progress=Notes())
     assert any("resuming: 2 weight files" in note for note in notes), notes
-    for folder in (tmp_path / "out", tmp_path / "out" / "compressed-tensors"):
+    for folder in (out, out / "compressed-tensors"):
         assert verify_output(folder).intact
 
 
-def test_without_the_option_nothing_else_is_written(tmp_path: Path) -> None:
-    save_pair(tmp_path, llama())
-    run(tmp_path, encode=None)
-    with_integers = tmp_path / "again"
-    run(tmp_path, output=with_integers)
-    assert not (tmp_path / "out" / "compressed-tensors").exists()
-    a, b = stored(tmp_path / "out"), stored(with_integers)
+def test_without_the_option_nothing_else_is_written(shared: Path, tmp_path: Path) -> None:
+    run(shared, tmp_path / "plain", encode=None)
+    run(shared, tmp_path / "both")
+    assert not (tmp_path / "plain" / "compressed-tensors").exists()
+    a, b = stored(tmp_path / "plain"), stored(tmp_path / "both")
     assert set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_an_output_of_several_files_has_an_index(tmp_path: Path) -> None:
     paths = save_pair(tmp_path, llama())
+    write_texts(tmp_path)
     for path in paths.values():
         model = transformers.AutoModelForCausalLM.from_pretrained(path)
         (path / "model.safetensors").unlink()
         model.save_pretrained(path, max_shard_size="20KB")
-    run(tmp_path)
+    run(tmp_path, tmp_path / "out", settings={"clip": False, "smooth": False})
     folder = tmp_path / "out" / "compressed-tensors"
     index = json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))
     assert set(index["weight_map"]) == set(stored(folder))
@@ -246,30 +232,14 @@ def test_an_output_of_several_files_has_an_index(tmp_path: Path) -> None:
     assert verify_output(folder).intact and verify_output(tmp_path / "out").intact
 
 
-def test_a_failure_at_the_end_leaves_nothing(tmp_path: Path) -> None:
-    save_pair(tmp_path, llama())
-
+def test_a_failure_at_the_end_leaves_nothing(shared: Path, tmp_path: Path) -> None:
     def full(folder: Path) -> None:
         assert (folder / "compressed-tensors" / "model.safetensors").is_file()
         raise OutputError("the disk is full")
 
-    files = write_texts(tmp_path)
-    request = RepairRequest(
-        finetuned=tmp_path / "finetuned",
-        aligned=tmp_path / "aligned",
-        anchors=files["anchors"],
-        keep_data=files["keep"],
-        method="q_realign",
-        settings={"prompts": 24, "epochs_first": 1, "epochs_rest": 1},
-        encode="compressed-tensors",
-        output=tmp_path / "out",
-        cache_dir=tmp_path / "cache",
-        device="cpu",
-    )
-    before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(OutputError, match="full"):
-        repair(request, before_commit=full)
-    assert {path.name for path in tmp_path.iterdir()} - before <= {"cache"}
+        repair(asked(shared, tmp_path / "out"), before_commit=full)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -277,38 +247,36 @@ def test_a_failure_at_the_end_leaves_nothing(tmp_path: Path) -> None:
     [
         ({"settings": {"bits": 4}}, "8 bits"),
         ({"settings": {"quantise": False}}, "8 bits"),
-        ({"method": "wise_ft", "settings": {}}, "wise_ft"),
         ({"strength": 0.5}, "strength 1"),
         ({"patch": True}, "--patch"),
         ({"encode": "gguf"}, "gguf"),
     ],
 )
 def test_what_has_no_integers_is_refused(
-    options: dict[str, Any], what: str, tmp_path: Path
+    options: dict[str, Any], what: str, shared: Path, tmp_path: Path
 ) -> None:
-    save_pair(tmp_path, llama())
-    if options.get("method") == "wise_ft":
-        options = {**options, "settings": {}}
-        request = RepairRequest(
-            finetuned=tmp_path / "finetuned",
-            aligned=tmp_path / "aligned",
-            method="wise_ft",
-            encode="compressed-tensors",
-            output=tmp_path / "out",
-        )
-        with pytest.raises(UsageError, match=what):
-            repair(request)
-    else:
-        with pytest.raises(UsageError, match=what):
-            run(tmp_path, **options)
-    assert not (tmp_path / "out").exists()
+    with pytest.raises(UsageError, match=what):
+        plan(asked(shared, tmp_path / "out", **options))  # before any work
+
+
+def test_other_methods_have_no_integers(shared: Path, tmp_path: Path) -> None:
+    request = RepairRequest(
+        finetuned=shared / "finetuned",
+        aligned=shared / "aligned",
+        method="wise_ft",
+        encode="compressed-tensors",
+        output=tmp_path / "out",
+    )
+    with pytest.raises(UsageError, match="wise_ft"):
+        plan(request)
 
 
 def test_transposed_weights_have_no_integers(tmp_path: Path) -> None:
     save_pair(tmp_path, gpt2())
+    write_texts(tmp_path)
     with pytest.raises(UsageError, match="no plain linear layer"):
-        run(tmp_path)
-    run(tmp_path, encode=None)  # the de-quantised checkpoint is written all the same
+        plan(asked(tmp_path, tmp_path / "out"))
+    run(tmp_path, tmp_path / "out", encode=None)  # the de-quantised one is written all the same
     assert verify_output(tmp_path / "out").intact
 
 
@@ -322,20 +290,14 @@ def test_the_codes_of_a_row_by_hand() -> None:
     assert read_int8(found.tensors("m"), "m").decode().tolist() == found.decode().tolist()
 
 
-def test_the_control_through_the_engine_ends_as_an_empty_edit(tmp_path: Path) -> None:
-    from realign.errors import EmptyEditError
-
-    save_pair(tmp_path, llama())
+def test_the_control_through_the_engine_ends_as_an_empty_edit(shared: Path, tmp_path: Path) -> None:
     with pytest.raises(EmptyEditError, match="this run is the control"):
-        run(tmp_path, encode=None, settings={"quantise": False})
-    assert not (tmp_path / "out").exists()
+        run(shared, tmp_path / "out", encode=None, settings={"quantise": False})
+    assert not list(tmp_path.iterdir())
 
 
-def test_calibration_on_what_is_measured_is_refused(tmp_path: Path) -> None:
+def test_calibration_on_what_is_measured_is_refused(shared: Path, tmp_path: Path) -> None:
     # The trap of the published code: calibrated and evaluated on the same prompts.
-    from realign.errors import SuiteError
-
-    save_pair(tmp_path, llama())
     for name in ("anchors", "keep"):
         rows = [{"id": f"m{i}", "prompt": p} for i, p in enumerate(TEXTS[name])]
         header = {"schema": "realign/suite/1", "name": "measured", "kind": "harmful"}
@@ -343,5 +305,4 @@ def test_calibration_on_what_is_measured_is_refused(tmp_path: Path) -> None:
         lines = [json.dumps(row) for row in (header, *rows[:3])]
         suite.write_text("\n".join(lines) + "\n", "utf-8")
         with pytest.raises(SuiteError, match=r"shares? 3 prompts"):
-            run(tmp_path, suites=(suite,))
-    assert not (tmp_path / "out").exists()
+            plan(asked(shared, tmp_path / "out", suites=(suite,)))

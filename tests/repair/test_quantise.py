@@ -33,7 +33,7 @@ RECIPE = Recipe(
     smooth=True,
     quantise=True,
     epochs_first=1,
-    epochs_rest=2,
+    epochs_rest=1,
     clip_rate=1e-2,
     smooth_rate=1e-3,
     dtype=torch.float32,
@@ -66,7 +66,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def trained(bench: FolderWorkbench, recipe: Recipe = RECIPE) -> dict[str, torch.Tensor]:
-    return train_quantiser(bench, recipe=recipe, prompts=24, share=0.75, length=128, penalty=1.0)
+    return train_quantiser(bench, recipe=recipe, prompts=16, share=0.75, length=128, penalty=1.0)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -17,7 +17,7 @@ from realign.repair.preparation import Statistics
 from realign.subspace.quantiser import row_grid
 
 KEY = "w"
-QUICK = {"prompts": 24, "epochs_first": 1, "epochs_rest": 1, "bits": 4}
+QUICK = {"prompts": 16, "epochs_first": 1, "epochs_rest": 1, "bits": 4}
 
 
 def layer_of(weight: Tensor) -> Layer:
@@ -92,7 +92,7 @@ def test_the_training_reaches_every_matrix(tmp_path: Path) -> None:
     for key, edit in edits.items():
         assert isinstance(edit, Dense), key
         assert edit.facts["bits"] == 4 and 0.5 < float(edit.facts["clip_high"] or 0) < 1.0
-    assert found.facts["malicious_prompts"] == 18 and found.facts["benign_prompts"] == 6
+    assert found.facts["malicious_prompts"] == 12 and found.facts["benign_prompts"] == 4
     for name in ("malicious_side_before", "malicious_side_after", "probe_accuracy"):
         assert 0.0 <= float(found.facts[name] or 0) <= 1.0
 
