@@ -182,7 +182,11 @@ DECLARED: tuple[Arm, ...] = (
     Arm(
         name="irr",
         method="irr",
-        settings=({}, *_swept("keep_fraction", (0.25, 0.5)), {"recalibrate": False}),
+        settings=(
+            {},
+            *_swept("keep_fraction", (0.25, 0.5, 0.7, 0.8, 0.9)),
+            {"recalibrate": False},
+        ),
         dial=(0.5, 1.0),
     ),
     Arm(name="one_shot", method="one_shot", dial=BEYOND),

@@ -266,6 +266,8 @@ class _Bench:
         self, settings: Settings, subject: Path, start: Weights, out: Path
     ) -> Weights | None:
         """The repaired weights at full strength; None where the repair changes nothing."""
+        if self.arm.method != REFUSAL_TUNING:
+            _given(self.place, self.arm.build(settings))  # what is trained for it is no cost of it
         with measured() as cost:
             try:
                 end = self._run(settings, subject, start, out)
