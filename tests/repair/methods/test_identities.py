@@ -43,6 +43,7 @@ from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
 from realign.repair.methods.safe_delta import SafeDelta
 from realign.repair.methods.safe_lora import SafeLora
+from realign.repair.methods.safe_patching import SafePatching
 from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.somf import Somf
 from realign.repair.methods.wise_ft import WiseFt
@@ -68,6 +69,9 @@ def prepared(method: Method, layer: Layer) -> Statistics:
     if isinstance(method, Somf):  # logits of both signs, as training leaves them
         logits = matrix(rows, 1 if method.granularity == "row" else columns, seed=21)
         return Statistics(tables={"logits": {layer.key: logits}})
+    if isinstance(method, SafePatching):
+        delta = matrix(rows, columns, seed=24, scale=0.1).to(layer.task_vector())
+        return Statistics(tables={"delta": {layer.key: delta}})
     if isinstance(method, OneShot):
         left, right = matrix(rows, 2, seed=22, scale=0.1), matrix(2, columns, seed=23, scale=0.1)
         return Statistics(tables={"left": {layer.key: left}, "right": {layer.key: right}})
@@ -271,6 +275,7 @@ def every_method(kind: str) -> dict[str, Method]:
         "safemerge": Safemerge(tau=2.0, safety_model="aligned", **vector),
         "somf": SOMF,
         "one_shot": OneShot(),
+        "safe_patching": SafePatching(),
         "safe_delta": SafeDelta(s=0.3, budget="relative"),
         "irr": Irr(**vector),
         "nlsr": Nlsr(reference="aligned", space="merged", fraction=1.0),
@@ -289,14 +294,15 @@ FORM_A = {
     "resta",
     "resta, DARE on the safety vector",
 }
-ALONE = {"one_shot"}  # reads the fine-tune only
+ALONE = {"one_shot", "safe_patching"}  # read the fine-tune only
 USES_VECTOR = FORM_A | {"safe_lora", "safemerge", "irr", "replace"}
 FORM_B = [name for name in NAMES if name not in FORM_A | ALONE and "DARE" not in name]
 methods = pytest.mark.parametrize("name", NAMES)
 
 
 def test_every_method_from_weights_and_moments_is_here() -> None:
-    elsewhere = {"q_realign", "safe_patching"}  # held to the same in their own tests
+    """Those that train have tests of their own, though some are here as well."""
+    elsewhere = {name for name, method in METHODS.items() if method.cost_class == "training"}
     assert {method.name for method in every_method("base").values()} >= set(METHODS) - elsewhere
 
 
