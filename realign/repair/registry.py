@@ -28,6 +28,7 @@ from realign.repair.methods.safe_lora import SafeLora
 from realign.repair.methods.safe_patching import SafePatching
 from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.somf import Somf
+from realign.repair.methods.two_teachers import TwoTeachers
 from realign.repair.methods.wise_ft import WiseFt
 from realign.repair.parameters import split_settings
 
@@ -52,6 +53,7 @@ METHODS: Mapping[str, type[Method]] = {
         OneShot,
         Somf,
         SafePatching,
+        TwoTeachers,
     )
 }
 

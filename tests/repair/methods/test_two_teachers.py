@@ -1,0 +1,111 @@
+"""Two teachers: the edit stays in its subspace, both teachers are listened to, no labels needed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from support.tune_support import FAMILY, tiny_repair
+
+from realign.repair.edit import Layer, LowRank, Unchanged
+from realign.repair.engine import prepare_statistics, repair
+from realign.repair.layers import read_layers
+from realign.repair.methods.two_teachers import TwoTeachers
+from realign.repair.plan import plan_repair
+from realign.repair.preparation import Statistics
+from realign.repair.request import RepairRequest, open_inputs
+from realign.subspace.spectrum import top_triplets
+
+
+def prompts_only(source: Path, out: Path, *, count: int) -> Path:
+    """A file of bare prompts: whatever answers it had are gone."""
+    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
+    kept = [{"prompt": row["prompt"]} for row in rows if "prompt" in row][:count]
+    out.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    return out
+
+
+@pytest.fixture(scope="module")
+def request_(tmp_path_factory: pytest.TempPathFactory) -> RepairRequest:
+    place = tmp_path_factory.mktemp("two-teachers")
+    return tiny_repair(
+        method="two_teachers",
+        settings={"rank": 3, "steps": 6, "anchor_batch": 8, "keep_batch": 8},
+        anchors=FAMILY / "suites" / "anchors.jsonl",
+        keep_data=prompts_only(FAMILY / "suites" / "keep.jsonl", place / "keep.jsonl", count=32),
+        cache_dir=place / "cache",
+    )
+
+
+@pytest.fixture(scope="module")
+def learnt(request_: RepairRequest) -> Statistics:
+    with open_inputs(request_) as inputs:
+        return prepare_statistics(request_, plan_repair(request_, inputs), inputs)
+
+
+def test_the_edit_stays_in_the_subspace(request_: RepairRequest, learnt: Statistics) -> None:
+    with open_inputs(request_) as inputs:
+        plan = plan_repair(request_, inputs)
+        for slot, layer in read_layers(plan, inputs):
+            edit = plan.method.edit(layer, learnt)
+            assert isinstance(edit, LowRank) and edit.rank == 6, slot.key
+            top = top_triplets(layer.safety_vector("base"), 3)
+            u, r, e = top.u.double(), top.v.double(), edit.dense().double()
+            outside = e - u @ (u.T @ e)
+            outside = outside - (outside @ r) @ r.T
+            assert float(e.norm()) > 0
+            assert float(outside.norm()) <= 1e-5 * float(e.norm()), slot.key
+
+
+def test_both_teachers_are_followed(learnt: Statistics) -> None:
+    facts = {name: float(value or 0.0) for name, value in learnt.facts.items()}
+    assert facts["anchor_kl_before"] > 0.1
+    assert facts["anchor_kl_after"] < 0.5 * facts["anchor_kl_before"]
+    # The fine-tune is its own student at first, and is hardly left.
+    assert abs(facts["keep_kl_before"]) < 1e-5
+    assert facts["keep_kl_after"] < 0.2 * facts["anchor_kl_before"]
+
+
+def test_without_the_second_teacher_the_fine_tune_is_left_farther(
+    request_: RepairRequest, learnt: Statistics
+) -> None:
+    settings = {**dict(request_.settings), "keep_weight": 0.0}
+    alone = replace(request_, settings=settings)
+    with open_inputs(alone) as inputs:
+        found = prepare_statistics(alone, plan_repair(alone, inputs), inputs)
+    assert float(found.facts["keep_kl_after"] or 0) > float(learnt.facts["keep_kl_after"] or 0)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(
+    request_: RepairRequest, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        own = replace(request_, cache_dir=tmp_path / f"cache-{folder.name}", seed=seed)
+        repair(replace(own, output=folder))
+    first, second, third = (load_file(each / "model.safetensors") for each in folders)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], third[key]) for key in first)
+    manifest = json.loads((folders[0] / "realign.json").read_text("utf-8"))
+    assert (
+        manifest["method_facts"]["anchor_kl_after"] < manifest["method_facts"]["anchor_kl_before"]
+    )
+
+
+def test_a_matrix_that_alignment_left_alone_is_left_alone() -> None:
+    layer = Layer(key="x", module="q_proj", layer=0, finetuned=torch.ones(4, 4))
+    assert isinstance(TwoTeachers().edit(layer, Statistics()), Unchanged)
+
+
+def test_factors_give_their_product() -> None:
+    left, right = torch.randn(8, 2), torch.randn(2, 8)
+    layer = Layer(key="x", module="q_proj", layer=0, finetuned=torch.ones(8, 8))
+    found = TwoTeachers().edit(
+        layer, Statistics(tables={"left": {"x": left}, "right": {"x": right}})
+    )
+    assert isinstance(found, LowRank)
+    torch.testing.assert_close(found.dense(), left @ right)
