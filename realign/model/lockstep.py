@@ -30,7 +30,7 @@ class _Pass:
         self._go = threading.Semaphore(0)
         self.done = False
         self.error: BaseException | None = None
-        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread = threading.Thread(target=self._run, name="realign-pass", daemon=True)
 
     def resume(self) -> None:
         """Run until the next stop or the end; returns when that is reached."""
