@@ -220,6 +220,16 @@ class Method(ABC):
         """
         return None
 
+    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
+        """Return what `prepare` holds where it trains, activations aside; 0 where it does not.
+
+        Args:
+            model: entries of the fine-tune.
+            edited: entries of the matrices that are edited.
+            rows: their rows together.
+        """
+        return 0
+
     def linear_edit(self) -> Difference | None:
         """Return what `edit` computes as one difference of checkpoints, where it is one.
 

@@ -101,6 +101,10 @@ class OneShot(Method):
         tables, facts = tables_of(made)
         return Statistics(tables=tables, facts=facts)
 
+    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
+        """Model, gradients and a copy in float32; with `sft` two moments and the change."""
+        return 4 * model + (8 if self.mode == "projected" else 20) * edited
+
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return the change that `prepare` found for this matrix."""
         found = [statistics.tensor(name, layer.key) for name in ("delta", "left", "right")]

@@ -129,6 +129,10 @@ class SafePatching(Method):
         tables, facts = tables_of(made)
         return Statistics(tables=tables, facts=facts)
 
+    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
+        """Model, gradients and moments in float32; the start, and a patch with its scores."""
+        return 4 * model + (20 if self.beta == 0.0 else 28) * edited
+
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return the merged patches of this matrix."""
         delta = statistics.tensor("delta", layer.key)

@@ -223,6 +223,14 @@ class Somf(Method):
             return Unchanged("the mask keeps all of the task vector")
         return Dense(edit, facts=facts)
 
+    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
+        """Model, task vector, masked weights and their gradients; logits with their moments."""
+        if self.space == "adapter":  # the factors are small beside the product
+            return 4 * model + 12 * edited
+        logits = rows if self.granularity == "row" else edited
+        masks = 0 if self.granularity == "row" else 12 * edited
+        return 4 * model + 12 * edited + 16 * logits + masks
+
     def mask(self, x: Tensor, layer: Layer, *, role: str) -> Tensor:
         """Return the mask of the result from logits [d_out, d_in] or [d_out, 1]."""
         if self.mode == "soft":
