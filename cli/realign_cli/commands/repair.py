@@ -6,16 +6,14 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from realign.errors import UsageError
-from realign_cli.command import FLAG, Example, command
+from realign_cli.command import Example, command
 from realign_cli.imports import swift_imports
 from realign_cli.options import (
-    AUDIT_PANEL,
-    TEXTS_PANEL,
     Aligned,
     Also,
     Base,
@@ -39,6 +37,25 @@ from realign_cli.options import (
     Unaligned,
 )
 from realign_cli.repair_gate import RepairGate
+from realign_cli.repair_options import (
+    Anchors,
+    AsPatch,
+    Audit,
+    AuditOut,
+    DryRun,
+    Encode,
+    FineTunes,
+    Force,
+    LayerList,
+    MaxPatchRank,
+    MethodName,
+    ModuleList,
+    Out,
+    SafetyVector,
+    ScopeName,
+    Settings,
+    Strength,
+)
 from realign_cli.repair_several import run_all, show_plans
 from realign_cli.sink import Sink
 
@@ -47,7 +64,6 @@ if TYPE_CHECKING:
     from realign.repair.plan import Plan
     from realign.repair.request import RepairRequest
 
-METHOD_PANEL = "Method (realign methods NAME shows its parameters)"
 PICTURE = "realign-audit/repair.png"
 """Inside the output; this folder is left out of content digests."""
 NOT_MEASURED = (
@@ -129,13 +145,7 @@ def join(app: typer.Typer) -> None:
 
 def repair(
     sink: Sink,
-    finetuned: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="FINETUNED...",
-            help="The checkpoint to repair; of several, each gets a folder of its name in DIR.",
-        ),
-    ],
+    finetuned: FineTunes,
     *,
     aligned: Aligned = None,
     base: Base = None,
@@ -143,139 +153,27 @@ def repair(
     safety_model: SafetyModel = None,
     reference: Reference = None,
     also: Also = None,
-    method: Annotated[
-        str,
-        typer.Option("--method", "-m", metavar="NAME", help="How.", rich_help_panel=METHOD_PANEL),
-    ] = "lssf",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A parameter of the method. May be repeated.",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    strength: Annotated[
-        float,
-        typer.Option(
-            "--strength",
-            "-t",
-            metavar="T",
-            help="How much of the edit is applied; 1 is the method as published.",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = 1.0,
-    safety_vector: Annotated[
-        str | None,
-        typer.Option(
-            "--safety-vector",
-            metavar="KIND",
-            help="auto, unaligned (aligned - unaligned) or base (aligned - base).",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            "--scope",
-            metavar="SCOPE",
-            help="block_linear, matrices or all. (default: the method's)",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="LIST",
-            help="Edit these decoder blocks only, as 0-5,8.",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    modules: Annotated[
-        str | None,
-        typer.Option(
-            "--modules",
-            metavar="LIST",
-            help="Edit these kinds of modules only, as q_proj,v_proj; names of the Llama family "
-            "stand for the same thing everywhere. (default: the method's)",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    anchors: Annotated[
-        str | None,
-        typer.Option(
-            "--anchors",
-            metavar="FILE",
-            help="Prompts the aligned model refuses (JSONL). (default: core-anchors)",
-            rich_help_panel=TEXTS_PANEL,
-        ),
-    ] = None,
+    method: MethodName = "lssf",
+    settings: Settings = None,
+    strength: Strength = 1.0,
+    safety_vector: SafetyVector = None,
+    scope: ScopeName = None,
+    layers: LayerList = None,
+    modules: ModuleList = None,
+    anchors: Anchors = None,
     safe_data: SafeData = None,
     harmful_data: HarmfulData = None,
     task_data: TaskData = None,
     keep_data: KeepData = None,
     pairs: Pairs = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The folder to write.")
-    ] = None,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", metavar=FLAG, help="Read headers only; print the plan."),
-    ] = False,
-    patch: Annotated[
-        bool,
-        typer.Option(
-            "--patch",
-            metavar=FLAG,
-            help="Write a LoRA adapter over the fine-tune, not a checkpoint; a fine-tune that is "
-            "itself an adapter becomes one with the repair in it.",
-        ),
-    ] = False,
-    max_patch_rank: Annotated[
-        int | None,
-        typer.Option(
-            "--max-patch-rank",
-            metavar="R",
-            help="Truncate edits of larger rank, also dense ones, and report the error.",
-        ),
-    ] = None,
-    encode: Annotated[
-        str | None,
-        typer.Option(
-            "--encode",
-            metavar="KIND",
-            help="compressed-tensors: store the repaired matrices as int8. (default: as FINETUNED)",
-        ),
-    ] = None,
-    force: Annotated[
-        bool,
-        typer.Option(
-            "--force",
-            metavar=FLAG,
-            help="Repair again with the method that has repaired FINETUNED already. Another method "
-            "before it is only remarked on.",
-        ),
-    ] = False,
-    audit: Annotated[
-        bool,
-        typer.Option(
-            "--audit",
-            metavar=FLAG,
-            help="Audit the result first; write it only if the gates pass.",
-            rich_help_panel=AUDIT_PANEL,
-        ),
-    ] = False,
-    audit_out: Annotated[
-        Path | None,
-        typer.Option(
-            "--audit-out",
-            metavar="DIR",
-            help="Where the audit goes, also if gates fail. (default: OUT-audit)",
-            rich_help_panel=AUDIT_PANEL,
-        ),
-    ] = None,
+    out: Out = None,
+    dry_run: DryRun = False,
+    patch: AsPatch = False,
+    max_patch_rank: MaxPatchRank = None,
+    encode: Encode = None,
+    force: Force = False,
+    audit: Audit = False,
+    audit_out: AuditOut = None,
     suites: Suites = None,
     judges: Judges = None,
     policy: Policy = None,

@@ -10,7 +10,6 @@ import typer
 
 from realign.errors import UsageError
 from realign_cli.command import Example, command
-from realign_cli.commands.repair import METHOD_PANEL
 from realign_cli.imports import swift_imports
 from realign_cli.options import (
     AUDIT_PANEL,
@@ -36,6 +35,7 @@ from realign_cli.options import (
     TaskData,
     Unaligned,
 )
+from realign_cli.repair_options import METHOD_PANEL
 from realign_cli.sink import Sink
 
 SEARCH_PANEL = "Search"
