@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 SLACK = 1e-9
-"""Taken off before rounding a count up, so that 0.1 * 30 is 3."""
+"""Taken off before rounding a count up, so that 0.07 * 100 is 7."""
 
 
 def count_up(share: float, total: int) -> int:
