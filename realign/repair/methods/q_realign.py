@@ -72,8 +72,8 @@ W' = M_hat diag(1 / v)""",
         "draw of prompts is noise. Plain rounding (`clip = false`, `smooth = false`) is the other "
         "control.",
         "In the laboratory (`small`, 256 held-out prompts) it undoes about half of a benign "
-        "drift and no poison. `howto`, seed 0: compliance 93.0 to 48.4 %, the task and look- "
-        "alikes untouched, plain rounding 92.6 %. 5 % poison, seeds 0 and 1: 92.6 and 98.4 to "
+        "drift and no poison. `howto`, seed 0: compliance 93.0 to 48.4 %, the task and "
+        "look-alikes untouched, plain rounding 92.6 %. 5 % poison, seeds 0 and 1: 92.6 and 98.4 to "
         "91.4 and 98.8 %, although malicious prompts on the probes' malicious side go from 32 "
         "and 21 to 100 and 99 %; 4 and 3 bits (seed 0) 96.5 and 97.7 %, plain rounding at 8, 4 "
         "and 3 bits 93.4, 89.5 and 100 %.",
