@@ -136,7 +136,7 @@ def _edited(matching: Matching, finetuned: Checkpoint) -> dict[str, int]:
     shapes = [
         slot_shape(finetuned.tensors[slot.tensor].shape, slot)
         for pair in matching.pairs
-        if pair.action == "edit"
+        if pair.action == "edit" and len(finetuned.tensors[pair.role.name].shape) >= 2
         for slot in pair.slots
     ]
     return {"edited": sum(map(math.prod, shapes)), "rows": sum(rows for rows, _ in shapes)}
