@@ -71,12 +71,12 @@ W' = M_hat diag(1 / v)""",
         "without rounding changes nothing, so a gain that the fine-tune itself shows on another "
         "draw of prompts is noise. Plain rounding (`clip = false`, `smooth = false`) is the other "
         "control.",
-        "In the laboratory (`small`, 256 held-out prompts) it undoes about half of a benign "
-        "drift and no poison. `howto`, seed 0: compliance 93.0 to 48.4 %, the task and "
-        "look-alikes untouched, plain rounding 92.6 %. 5 % poison, seeds 0 and 1: 92.6 and 98.4 to "
-        "91.4 and 98.8 %, although malicious prompts on the probes' malicious side go from 32 "
-        "and 21 to 100 and 99 %; 4 and 3 bits (seed 0) 96.5 and 97.7 %, plain rounding at 8, 4 "
-        "and 3 bits 93.4, 89.5 and 100 %.",
+        "In the laboratory (`small`, seeds 0 and 1, 256 held-out prompts) it undoes part of a "
+        "benign drift and no poison. `howto`: compliance 93.0 and 80.1 to 48.4 and 55.9 %, the "
+        "task within 1 point, general skill 0 and 5 points lower; plain rounding 92.6 % (seed "
+        "0). 5 % poison: 92.6 and 98.4 to 91.4 and 98.8 %, although malicious prompts on the "
+        "probes' malicious side go from 32 and 21 to 100 and 99 %; 4 and 3 bits (seed 0) 96.5 "
+        "and 97.7 %, plain rounding at 8, 4 and 3 bits 93.4, 89.5 and 100 %.",
         "At 8 bits rounding is small: look at the shares of malicious prompts on the malicious "
         "side before and after, which the report shows, before you expect a repair.",
         "Refuses mixtures of experts, and (unless `smooth = false`) blocks whose norms do not feed "
