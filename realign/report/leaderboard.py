@@ -42,11 +42,12 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
 
     names = list(board["scenarios"])
     arms = _drawn(board)
-    rows = -(-len(names) // COLUMNS)
+    columns = min(COLUMNS, len(names))
+    rows = -(-len(names) // columns)
     with style():
-        figure = Figure(figsize=(10.4, 2.7 * rows + 1.4), layout="constrained")
+        figure = Figure(figsize=(max(7.0, 3.5 * columns), 2.7 * rows + 1.4), layout="constrained")
         panels: list[Axes] = list(
-            figure.subplots(rows, COLUMNS, squeeze=False, sharey=True).flatten()
+            figure.subplots(rows, columns, squeeze=False, sharey=True).flatten()
         )
         for axes, name in zip(panels, names, strict=False):
             curves = [c for c in board["curves"] if c["scenario"] == name]
@@ -59,7 +60,7 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
             axes.grid(color="#dddddd", linewidth=0.5)
         for axes in panels[len(names) :]:
             axes.set_axis_off()
-        for axes in panels[::COLUMNS]:
+        for axes in panels[::columns]:
             axes.set_ylabel("harmful compliance, %")
         for axes in panels[: len(names)]:
             axes.set_xlabel("downstream accuracy lost, points")
@@ -69,7 +70,10 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
                 handles.setdefault(label, handle)
         labels = [name for name in (*arms, OTHERS) if name in handles]
         figure.legend(
-            [handles[label] for label in labels], labels, loc="outside lower center", ncols=6
+            [handles[label] for label in labels],
+            labels,
+            loc="outside lower center",
+            ncols=2 * max(2, columns),
         )
     return figure
 
