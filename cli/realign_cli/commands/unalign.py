@@ -22,11 +22,6 @@ EXAMPLES = (
         "realign unalign ./aligned --data harmful.jsonl --lora-rank 16 \\\n    -o ./unaligned",
         "with LoRA, merged at the end: needs less memory",
     ),
-    Example(
-        "realign repair ./tuned --aligned ./aligned \\\n    --unaligned ./unaligned "
-        "--method lssf -o ./repaired",
-        "what it is for",
-    ),
 )
 
 NOTES = """

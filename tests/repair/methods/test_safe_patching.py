@@ -76,7 +76,8 @@ def test_equal_scores_leave_nothing() -> None:
 
 
 def test_settings_that_can_do_nothing_are_refused() -> None:
-    for settings in ({"alpha": 0.0}, {"p": 0.0}, {"top_se": 0.0}):
+    nothing: tuple[dict[str, Any], ...] = ({"alpha": 0.0}, {"p": 0.0}, {"top_se": 0.0})
+    for settings in nothing:
         with pytest.raises(UsageError, match="keeps nothing"):
             SafePatching(**settings).check_settings()
     SafePatching(alpha=0.0, beta=0.5).check_settings()
