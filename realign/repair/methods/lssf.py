@@ -38,8 +38,9 @@ W' = W_finetuned + alpha P' delta_safe                                        (1
     "refuses",
     touches="weights of linear layers in decoder blocks",
     edit_kind="low-rank of rank r; dense where r is too large for that to be smaller",
-    cost="one forward pass of the aligned model over the anchors, with the model (or, with --offload, "
-    "three of its blocks) and the float64 moments of one block in memory; one symmetric eigendecomposition per matrix",
+    cost="one forward pass of the aligned model over the anchors, with the model (with --offload, "
+    "three of its blocks) and the float64 moments of one block in memory; one symmetric "
+    "eigendecomposition per matrix",
     deviations=(
         "No official code exists; the equations follow public summaries that agree with one "
         "another.",
