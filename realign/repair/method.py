@@ -75,6 +75,7 @@ class Method(ABC):
         needs_anchors: whether `prepare` runs a model over the anchor prompts.
         data: texts that `prepare` asks for; "safe" falls back on the anchors.
         cost_class: see `CostClass`.
+        trains: whether `prepare` holds a model in memory as a whole, to train with it.
         fuses: whether it takes other fine-tunes beside the one to repair.
         elementwise: whether `edit` accepts any shape and any chunk of rows.
         default_scope: tensors edited unless the user says otherwise.
@@ -88,6 +89,7 @@ class Method(ABC):
     needs_anchors: ClassVar[bool] = False
     data: ClassVar[frozenset[Data]] = frozenset()
     cost_class: ClassVar[CostClass] = "reading"
+    trains: ClassVar[bool] = False
     fuses: ClassVar[bool] = False
     elementwise: ClassVar[bool] = False
     default_scope: ClassVar[Scope] = "block_linear"

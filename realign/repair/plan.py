@@ -31,6 +31,7 @@ from realign.repair.plan_anchors import PlannedAnchors, plan_anchors
 from realign.repair.plan_checks import (
     check_encoding,
     check_first_repair,
+    check_offload,
     check_rank,
     check_roles,
     check_something_to_do,
@@ -225,6 +226,7 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         if role not in used
     ]
     check_something_to_do(method, inputs.finetuned, used)
+    notes += check_offload(request, method)
     notes += check_first_repair(request, method, inputs.finetuned)
     matching = match(inputs.finetuned, used, scope=scope)
     if not any(pair.action == "edit" for pair in matching.pairs):

@@ -182,6 +182,24 @@ def check_rank(method: Method, matching: Matching, finetuned: Checkpoint) -> lis
     ]
 
 
+def check_offload(request: RepairRequest, method: Method) -> list[str]:
+    """Refuse to read a model block by block that has to be in memory; say where none is run.
+
+    Raises:
+        UsageError: the method trains a model in memory; names it.
+    """
+    if not request.offload:
+        return []
+    if method.trains:
+        raise UsageError(
+            f"{method.name} trains with a whole model in memory: --offload cannot be used with it",
+            "leave --offload out; --dry-run says how much memory is needed",
+        )
+    if not method.prepares() or method.reads_weights_only():
+        return [f"{method.name} runs no model with these settings: --offload is not used"]
+    return []
+
+
 def check_encoding(request: RepairRequest) -> None:
     """Check how the output's weights are to be stored.
 

@@ -35,6 +35,10 @@ MAX_TOKENS = 2048
 MAX_REPLY_TOKENS = 256
 """Longest reply that a model is asked for where a row has none."""
 
+BATCH_SIZE = 16
+"""Prompts answered at a time by a model in memory; all of them by one that is read block by block,
+which is read anew for every token."""
+
 Answer: TypeAlias = tuple[tuple[int, ...], bool]
 """Token ids, and whether the model ended the reply itself."""
 
@@ -57,6 +61,8 @@ class RenderedTexts:
     """The prompts of the anchors."""
     cache: Path
     device: torch.device
+    offload: bool = False
+    """Whether a model that answers is read block by block."""
     progress: Progress = SILENT
     _files: dict[Data, TextFile] = field(default_factory=dict[Data, TextFile])
     _tokenizers: dict[str, PreTrainedTokenizerBase] = field(
@@ -158,7 +164,8 @@ class RenderedTexts:
             except (OSError, LookupError, TypeError, ValueError, RecursionError) as error:
                 self.progress.note(f"asked again: {path} cannot be used ({error})")
         answers: dict[int, Answer] = {}
-        with load_model(self.checkpoint(role), device=self.device) as loaded:
+        checkpoint = self.checkpoint(role)
+        with load_model(checkpoint, device=self.device, offload=self.offload) as loaded:
             sequences = [encode(loaded.tokenizer, prompt) for prompt in prompts]
             room = self._limit(role) - max(map(len, sequences))
             if room < 1:
@@ -172,6 +179,7 @@ class RenderedTexts:
                 loaded,
                 sequences,
                 max_new_tokens=min(room, MAX_REPLY_TOKENS),
+                batch_size=len(prompts) if loaded.offloaded else BATCH_SIZE,
                 progress=self.progress,
             )
             for reply in replies:

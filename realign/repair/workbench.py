@@ -68,6 +68,7 @@ class ModelWorkbench:
             anchors=lambda: [item.prompt for item in self._suite.items],
             cache=self._cache,
             device=self.device,
+            offload=plan.offload,
             progress=progress,
         )
 

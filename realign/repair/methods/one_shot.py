@@ -58,6 +58,7 @@ class OneShot(Method):
     card: ClassVar[Card] = CARD
     needs = frozenset()
     cost_class = "gradients"
+    trains = True
 
     mode: str = parameter(
         "projected",

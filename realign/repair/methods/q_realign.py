@@ -101,6 +101,7 @@ class QRealign(Method):
     name: ClassVar[str] = "q_realign"
     card: ClassVar[Card] = CARD
     cost_class: ClassVar[CostClass] = "training"
+    trains: ClassVar[bool] = True
     needs_anchors: ClassVar[bool] = True
     data: ClassVar[frozenset[Data]] = frozenset({"keep"})
 

@@ -72,6 +72,7 @@ class SafePatching(Method):
     needs = frozenset()
     data = frozenset({"harmful"})
     cost_class = "training"
+    trains = True
 
     p: float = parameter(0.5, Real(0.0, 1.0), symbol="p", source="our decision (not published)")
     """Chance of an entry of a patch to be kept."""

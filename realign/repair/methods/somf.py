@@ -89,6 +89,7 @@ class Somf(Method):
     name: ClassVar[str] = "somf"
     card: ClassVar[Card] = CARD
     cost_class = "training"
+    trains = True
     fuses = True
 
     loss: str = parameter("auto", Choice(("auto", "dpo", "refusal")), source="Yi et al.; ours")

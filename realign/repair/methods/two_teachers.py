@@ -57,6 +57,7 @@ class TwoTeachers(Method):
     name: ClassVar[str] = "two_teachers"
     card: ClassVar[Card] = CARD
     cost_class: ClassVar[CostClass] = "training"
+    trains: ClassVar[bool] = True
     paper_vector: ClassVar[VectorKind | None] = "base"
     data: ClassVar[frozenset[Data]] = frozenset({"safe", "keep"})
 
