@@ -11,15 +11,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
+from types import MappingProxyType
 from typing import TypeAlias
 
 from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.matching import Matching
-from realign.checkpoint.names import role_of
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, slot_shape, stored_rows
+from realign.repair.estimate_prepare import preparation_bytes
 from realign.repair.method import Method
+from realign.repair.plan_anchors import PlannedAnchors
+from realign.repair.preparation import Data
 from realign.repair.request import Inputs
+from realign.repair.texts import PlannedTexts
 
 OwnBytes: TypeAlias = Callable[[int, int], int | None]
 """From d_out and d_in to what a method's `edit` holds; None: what a decomposition holds."""
@@ -42,10 +46,6 @@ MEMORY_LIMIT = 400 * 10**6
 
 MATRIX_SHARE = 6
 """Times the largest decomposed matrix in float32."""
-
-
-ACTIVATION_BYTES = 256 * 2**20
-"""Hidden states of the anchors that wait between two blocks, and what a block computes."""
 
 WORKERS = 2
 """Matrices decomposed at once on the processor, where memory allows."""
@@ -78,6 +78,8 @@ def estimate_repair(
     *,
     patch: bool,
     offload: bool = False,
+    texts: Mapping[Data, PlannedTexts] = MappingProxyType({}),
+    anchors: PlannedAnchors | None = None,
 ) -> Estimate:
     """Estimate one run.
 
@@ -88,6 +90,8 @@ def estimate_repair(
         used: those that the method reads beside the fine-tune.
         patch: whether only the edit is written.
         offload: whether a model that is measured is read block by block.
+        texts: those that the method reads.
+        anchors: those that the aligned model answers.
     """
     finetuned = inputs.finetuned
     written = held = largest = 0
@@ -114,32 +118,19 @@ def estimate_repair(
         budget = min(matrix_budget(largest, max(costs)), WORKERS * max(costs))
         held = most_together(costs, budget)
     held += STREAM_BUDGET + _LIBRARY_BUFFERS
-    if method.needs_anchors:
+    if anchors is not None:
         read += sum(info.nbytes for info in used["aligned"].tensors.values())
-        measuring = calibration_bytes(used["aligned"], matching, finetuned, offload=offload)
-        held = max(held, measuring) + MODEL_LIBRARY_BYTES
-    training = method.training_bytes(
-        model=sum(info.numel for info in finetuned.tensors.values()), **_edited(matching, finetuned)
+    preparing = preparation_bytes(
+        method, matching, finetuned, used, offload=offload, texts=texts, anchors=anchors
     )
-    if training:
-        held = max(held, training) + MODEL_LIBRARY_BYTES
+    if preparing:
+        held = max(held, preparing) + MODEL_LIBRARY_BYTES
     return Estimate(
         read=read,
         written=0 if patch else written,
         peak_memory=INTERPRETER_BYTES + held,
         largest_matrix=largest,
     )
-
-
-def _edited(matching: Matching, finetuned: Checkpoint) -> dict[str, int]:
-    """How many entries and rows the matrices have that are edited."""
-    shapes = [
-        slot_shape(finetuned.tensors[slot.tensor].shape, slot)
-        for pair in matching.pairs
-        if pair.action == "edit" and len(finetuned.tensors[pair.role.name].shape) >= 2
-        for slot in pair.slots
-    ]
-    return {"edited": sum(map(math.prod, shapes)), "rows": sum(rows for rows, _ in shapes)}
 
 
 def most_together(costs: Sequence[int], budget: int) -> int:
@@ -244,37 +235,3 @@ def device_bytes(
             working = entries * 16 + 5 * gram if told is None else told
             needed = max(needed, entries * itemsize * (len(roles) + 2) + working)
     return needed
-
-
-def calibration_bytes(
-    running: Checkpoint, matching: Matching, finetuned: Checkpoint, *, offload: bool
-) -> int:
-    """What is held while activation moments are collected, block by block.
-
-    Args:
-        running: the checkpoint that runs.
-        matching: what is edited: the matrices that are measured.
-        finetuned: whose layout counts.
-        offload: whether weights are read when a block is entered.
-    """
-    model = sum(info.nbytes for info in running.tensors.values())
-    if offload:
-        blocks: dict[int | None, int] = {}
-        for info in running.tensors.values():
-            layer = role_of(info).layer
-            blocks[layer] = blocks.get(layer, 0) + info.nbytes
-        outside = blocks.pop(None, 0)
-        # A block twice while the library makes it of what it reads; the embeddings come alone.
-        model = min(model, max(2 * max(blocks.values(), default=0), 2 * outside))
-    return model + _moment_bytes(matching, finetuned) + ACTIVATION_BYTES
-
-
-def _moment_bytes(matching: Matching, finetuned: Checkpoint) -> int:
-    """Float64 sums of every matrix of one block on its smaller side, and their finished copies."""
-    sums: dict[int | None, list[int]] = {}
-    for pair in matching.pairs:
-        for slot in pair.slots:
-            d_out, d_in = slot_shape(finetuned.tensors[slot.tensor].shape, slot)
-            sums.setdefault(slot.layer, []).append(8 * min(d_out, d_in) ** 2)
-    # While one is finished, its transpose and the halved sum stand beside it.
-    return max((sum(each) + 2 * max(each) for each in sums.values()), default=0)

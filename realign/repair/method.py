@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeAlias, TypeVar
 
 from realign.errors import UsageError
+from realign.repair.demands import Measurement, ModelSize
 from realign.repair.edit import Difference, Edit, Layer, VectorKind
 from realign.repair.parameters import Parameter, parameters_of
 from realign.repair.preparation import NO_STATISTICS, Data, Scores, Selection, Statistics, Workbench
@@ -222,14 +223,12 @@ class Method(ABC):
         """
         return None
 
-    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
-        """Return what `prepare` holds where it trains, activations aside; 0 where it does not.
+    def measures(self) -> tuple[Measurement, ...]:
+        """Return the statistics that `prepare` asks for, so that their memory is predicted."""
+        return ()
 
-        Args:
-            model: entries of the fine-tune.
-            edited: entries of the matrices that are edited.
-            rows: their rows together.
-        """
+    def training_bytes(self, size: ModelSize) -> int:
+        """Return what `prepare` holds where it trains (`trains`), activations included."""
         return 0
 
     def linear_edit(self) -> Difference | None:

@@ -248,7 +248,14 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
     if request.anchors is not None and anchors is None:
         notes.append(f"{method.name} measures no activations: the anchors are not used")
     estimate = estimate_repair(
-        method, matching, inputs, used, patch=request.patch, offload=request.offload
+        method,
+        matching,
+        inputs,
+        used,
+        patch=request.patch,
+        offload=request.offload,
+        texts=texts,
+        anchors=anchors,
     )
     if request.encode is not None:
         more = encoded_bytes(layout, matching)

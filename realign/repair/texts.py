@@ -101,6 +101,10 @@ class PlannedTexts:
     count: int
     unanswered: int
     """Rows whose reply the model will be asked for."""
+    characters: int = 0
+    """Of all rows, prompts and replies; both sequences of a pair."""
+    longest: int = 0
+    """Of the longest sequence."""
 
 
 def texts_of(request: Any) -> dict[Data, str | Path]:
@@ -157,10 +161,23 @@ def plan_texts(
         texts = load_texts(source, data)
         _refuse_overlap(texts, suites)
         unanswered = sum(isinstance(row, Text) and row.reply is None for row in texts.rows)
+        lengths = [length for row in texts.rows for length in _lengths(row)]
         planned[data] = PlannedTexts(
-            data, texts.source, texts.sha256, len(texts.rows), unanswered=unanswered
+            data,
+            texts.source,
+            texts.sha256,
+            len(texts.rows),
+            unanswered=unanswered,
+            characters=sum(lengths),
+            longest=max(lengths),
         )
     return planned
+
+
+def _lengths(row: Text | Pair) -> list[int]:
+    """Characters of the sequences that a row makes."""
+    replies = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.reply or "",)
+    return [len(row.prompt) + len(reply) for reply in replies]
 
 
 def missing_data(data: Data, *, method: str) -> UsageError:

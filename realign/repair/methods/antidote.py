@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from realign.errors import UsageError
+from realign.repair.demands import Measurement
 from realign.repair.edit import Edit, Layer, LoraFactors, Unchanged, from_factors
 from realign.repair.method import Card, CostClass, Given, Method, Role, Settled, with_settings
 from realign.repair.methods.exact import rewritten
@@ -160,6 +161,10 @@ class Antidote(Method):
             diagonal=self.space != "adapter",
             limit=self.samples,
         )
+
+    def measures(self) -> tuple[Measurement, ...]:
+        """Return what `prepare` measures."""
+        return (Measurement("finetuned", "inputs" if self.space == "adapter" else "diagonal"),)
 
     def edit_bytes(self, d_out: int, d_in: int) -> int | None:
         """Scores and their order; of an adapter, all moments of its inputs."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from realign.errors import UsageError
+from realign.repair.demands import Measurement
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind
 from realign.repair.method import Card, CostClass, Given, Method
 from realign.repair.methods.exact import rewritten
@@ -154,6 +155,14 @@ class Irr(Method):
                 "keep_fraction = 1 keeps every conflict: irr would change nothing",
                 "give a number in [0, 1), 0 removes them all",
             )
+
+    def measures(self) -> tuple[Measurement, ...]:
+        """Return what `prepare` measures with these settings."""
+        found = {
+            "task": Measurement("finetuned", "inputs"),
+            "safe": Measurement("aligned", "gradients"),
+        }
+        return tuple(found[data] for data in sorted(self.required_data()) if data in found)
 
     def edit_bytes(self, d_out: int, d_in: int) -> int | None:
         """H as it is read, factored and turned round, beside D; or F in order."""

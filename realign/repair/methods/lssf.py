@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from realign.repair.demands import Measurement
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.method import Card, CostClass, Method
 from realign.repair.methods.ranks import check_eta, choose_rank, spectrum_facts
@@ -129,6 +130,10 @@ class Lssf(Method):
     def prepare(self, workbench: Workbench) -> Statistics:
         """Collect the moments of the aligned model on the anchors."""
         return workbench.moments(role="aligned", standardize=self.standardize, tokens=self.tokens)
+
+    def measures(self) -> tuple[Measurement, ...]:
+        """Return what `prepare` measures."""
+        return (Measurement("aligned", "smaller"),)
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = alpha U_r diag(alpha_i^2) U_r^T delta_safe [d_out, d_in]."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from realign.errors import MismatchError, UsageError
+from realign.repair.demands import Measurement
 from realign.repair.edit import Edit, Layer, LoraFactors, Unchanged, from_factors
 from realign.repair.method import Card, CostClass, Given, Method, Role, Settled, with_settings
 from realign.repair.methods.exact import rewritten
@@ -244,6 +245,10 @@ class Nlsr(Method):
     def edit_bytes(self, d_out: int, d_in: int) -> int | None:
         """The moments, the outputs' directions, W_hat and its order."""
         return 8 * d_in**2 + 60 * d_out * d_in
+
+    def measures(self) -> tuple[Measurement, ...]:
+        """Return what `prepare` measures."""
+        return (Measurement("reference" if self.reference == "reference" else "aligned", "inputs"),)
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = M (.) (We - Wf) [d_out, d_in] of a selected module."""

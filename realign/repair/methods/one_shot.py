@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from realign.repair.demands import ModelSize
 from realign.repair.edit import Dense, Edit, Layer, Unchanged, from_factors
 from realign.repair.kept_tensors import tables_of
 from realign.repair.method import Card, Given, Method, Settled, with_settings
@@ -102,9 +103,11 @@ class OneShot(Method):
         tables, facts = tables_of(made)
         return Statistics(tables=tables, facts=facts)
 
-    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
-        """Model, gradients and a copy in float32; with `sft` two moments and the change."""
-        return 4 * model + (8 if self.mode == "projected" else 20) * edited
+    def training_bytes(self, size: ModelSize) -> int:
+        """Model, gradients or then a copy in float32; with `sft` two moments and the change."""
+        positions = size.batch("safe", 1) if self.example == "safe" else 128
+        held = 4 * size.model + size.backward_bytes(positions)
+        return held + (4 if self.mode == "projected" else 20) * size.edited
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return the change that `prepare` found for this matrix."""

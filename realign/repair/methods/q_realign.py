@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 
 from realign.errors import UsageError
+from realign.repair.demands import ModelSize
 from realign.repair.edit import Dense, Edit, Layer, Unchanged
 from realign.repair.method import Card, CostClass, Method
 from realign.repair.parameters import Flag, Integer, Real, parameter
@@ -184,6 +185,15 @@ class QRealign(Method):
             tables.setdefault(table, {})[key] = tensor
         facts = {name: float(value) for name, value in tables.pop("fact", {}).items()}
         return Statistics(tables=tables, facts=facts)
+
+    def training_bytes(self, size: ModelSize) -> int:
+        """Model; both streams of hidden states and the outputs they are drawn to; one block."""
+        rows = min(self.prompts, size.text("anchors").rows + size.text("keep").rows)
+        longest = min(self.length, max(size.text("anchors").longest, size.text("keep").longest))
+        streams = 16 * size.hidden * rows * longest
+        blocks = max(1, size.blocks)
+        block = 4 * longest * size.block_entries() + 24 * (size.edited // blocks)
+        return 4 * size.model + streams + block
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return W' - Wf of one matrix from its clip factors and its smoothing vector."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from realign.errors import UsageError
+from realign.repair.demands import Measurement
 from realign.repair.edit import Edit, Layer, Unchanged
 from realign.repair.method import Card, CostClass, Method
 from realign.repair.methods.exact import rewritten
@@ -154,6 +155,10 @@ class SafeDelta(Method):
         return workbench.input_moments(
             role="aligned", data="safe", tokens="all", limit=self.samples
         )
+
+    def measures(self) -> tuple[Measurement, ...]:
+        """Return what `prepare` measures."""
+        return (Measurement("aligned", "inputs"),)
 
     def edit_bytes(self, d_out: int, d_in: int) -> int | None:
         """H as it is read, factored and turned round; or U, W and what a block is chosen from."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from realign.errors import UsageError
+from realign.repair.demands import ModelSize
 from realign.repair.edit import Dense, Edit, Layer, Unchanged
 from realign.repair.kept_tensors import tables_of
 from realign.repair.method import Card, Method
@@ -130,9 +131,10 @@ class SafePatching(Method):
         tables, facts = tables_of(made)
         return Statistics(tables=tables, facts=facts)
 
-    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
+    def training_bytes(self, size: ModelSize) -> int:
         """Model, gradients and moments in float32; the start, and a patch with its scores."""
-        return 4 * model + (20 if self.beta == 0.0 else 28) * edited
+        held = 4 * size.model + size.backward_bytes(size.batch("harmful", self.batch))
+        return held + (20 if self.beta == 0.0 else 28) * size.edited
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return the merged patches of this matrix."""

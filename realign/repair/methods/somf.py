@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from realign.errors import UsageError
+from realign.repair.demands import ModelSize
 from realign.repair.edit import Dense, Edit, Layer, LoraFactors, Unchanged, from_factors
 from realign.repair.kept_tensors import tables_of
 from realign.repair.method import Card, Given, Method, Settled, with_settings
@@ -20,6 +21,9 @@ from realign.subspace.dare import kept_entries, rescale_kept
 from realign.subspace.keyed import uniforms
 from realign.subspace.merging import average, task_arithmetic, ties
 from realign.subspace.vectors import difference
+
+MICRO_TOKENS = 4096
+"""Padded positions that are run at once while the mask is trained."""
 
 AUTO = Choice(("auto",))
 
@@ -224,13 +228,17 @@ class Somf(Method):
             return Unchanged("the mask keeps all of the task vector")
         return Dense(edit, facts=facts)
 
-    def training_bytes(self, *, model: int, edited: int, rows: int) -> int:
+    def training_bytes(self, size: ModelSize) -> int:
         """Model, task vector, masked weights and their gradients; logits with their moments."""
+        kind, pair = ("pairs", 2) if self.loss == "dpo" else ("safe", 1)
+        longest = pair * max(size.text(kind).longest, size.text("keep").longest)
+        positions = min(self.batch * longest, max(MICRO_TOKENS, longest))
+        held = 4 * size.model + 12 * size.edited + size.backward_bytes(positions)
         if self.space == "adapter":  # the factors are small beside the product
-            return 4 * model + 12 * edited
-        logits = rows if self.granularity == "row" else edited
-        masks = 0 if self.granularity == "row" else 12 * edited
-        return 4 * model + 12 * edited + 16 * logits + masks
+            return held
+        if self.granularity == "row":
+            return held + 16 * size.rows
+        return held + 28 * size.edited
 
     def mask(self, x: Tensor, layer: Layer, *, role: str) -> Tensor:
         """Return the mask of the result from logits [d_out, d_in] or [d_out, 1]."""

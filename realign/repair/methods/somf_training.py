@@ -27,7 +27,7 @@ from realign.repair.methods.short_runs import (
     reply_positions,
     shuffled,
 )
-from realign.repair.methods.somf import Somf, task_vectors
+from realign.repair.methods.somf import MICRO_TOKENS, Somf, task_vectors
 from realign.repair.preparation import RunningModel, Workbench
 from realign.subspace.concrete import concrete, factor
 from realign.subspace.keyed import uniforms
@@ -35,9 +35,6 @@ from realign.subspace.merging import magnitude_at, ties
 
 WARMUP_STEPS = 40
 """The authors' scripts warm up 30 to 50 steps; never more than a tenth of all here."""
-
-MICRO_TOKENS = 4096
-"""Padded positions that are run at once."""
 
 Masks = Mapping[str, Tensor]
 """Factors m / mean(m) by unit: a slot key, or that of a factor."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from realign.repair.demands import ModelSize
 from realign.repair.edit import Edit, Layer, Unchanged, VectorKind, from_factors
 from realign.repair.kept_tensors import tables_of
 from realign.repair.method import Card, CostClass, Method
@@ -96,6 +97,12 @@ class TwoTeachers(Method):
         )
         tables, facts = tables_of(made)
         return Statistics(tables=tables, facts=facts)
+
+    def training_bytes(self, size: ModelSize) -> int:
+        """Model; W_f + E for either teacher with its gradients; what the teachers think."""
+        positions = size.batch("safe", self.anchor_batch) + size.batch("keep", self.keep_batch)
+        lessons = 4 * size.vocabulary * (size.text("safe").tokens + size.text("keep").tokens)
+        return 4 * size.model + 16 * size.edited + size.backward_bytes(positions) + lessons
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
         """Return E = U_k A + B R_k^T."""
