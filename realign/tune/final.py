@@ -18,7 +18,6 @@ from realign.audit.request import AuditRequest
 from realign.audit.run import run_audit
 from realign.audit.schema import Report, Role
 from realign.audit.suites import Suite
-from realign.errors import GateFailedError
 from realign.progress import Progress
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
@@ -84,7 +83,7 @@ class Final:
         return all(row.holds for row in self.rows)
 
 
-class _NotKept(GateFailedError):
+class _NotKept(Exception):
     """A limit does not hold; the engine takes its output back."""
 
 
