@@ -18,7 +18,7 @@ from realign.checkpoint.headers import TensorInfo
 from realign.checkpoint.matching import Matching
 from realign.checkpoint.reader import Checkpoint
 from realign.checkpoint.slots import Slot, slot_shape, stored_rows
-from realign.repair.estimate_prepare import preparation_bytes
+from realign.repair.estimate_prepare import models_run, preparation_bytes
 from realign.repair.method import Method
 from realign.repair.plan_anchors import PlannedAnchors
 from realign.repair.preparation import Data
@@ -118,8 +118,8 @@ def estimate_repair(
         budget = min(matrix_budget(largest, max(costs)), WORKERS * max(costs))
         held = most_together(costs, budget)
     held += STREAM_BUDGET + _LIBRARY_BUFFERS
-    if anchors is not None:
-        read += sum(info.nbytes for info in used["aligned"].tensors.values())
+    for running in models_run(method, finetuned, used, anchors=anchors):
+        read += sum(info.nbytes for info in running.tensors.values())
     preparing = preparation_bytes(
         method, matching, finetuned, used, offload=offload, texts=texts, anchors=anchors
     )

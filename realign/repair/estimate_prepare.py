@@ -76,6 +76,29 @@ def preparation_bytes(
     return max(held, default=0)
 
 
+def models_run(
+    method: Method,
+    finetuned: Checkpoint,
+    used: Mapping[str, Checkpoint],
+    *,
+    anchors: PlannedAnchors | None,
+) -> list[Checkpoint]:
+    """The checkpoints that are loaded as models, each once.
+
+    Args:
+        method: with its settings decided.
+        finetuned: the fine-tune.
+        used: the checkpoints that the method reads beside it, by role.
+        anchors: those that the aligned model answers.
+    """
+    roles = {each.role for each in method.measures()}
+    if anchors is not None:
+        roles.add("aligned")
+    if method.trains:
+        roles.add("finetuned")
+    return [{"finetuned": finetuned, **used}[role] for role in sorted(roles)]
+
+
 def model_size(
     matching: Matching,
     finetuned: Checkpoint,

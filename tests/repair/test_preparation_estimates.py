@@ -127,3 +127,13 @@ def test_anchors_stand_in_for_refusals() -> None:
     )
     assert size.batch("safe", 16) == 16 * 190 and size.batch("keep", 16) == 0
     assert size.batch("safe", 64) == 20 * 190
+
+
+def test_models_that_run_are_read_once_more(tmp_path: Path) -> None:
+    size = sum(file.stat().st_size for file in (TINY / "aligned").glob("*.safetensors"))
+
+    def read(name: str) -> int:
+        return plan(_request(tmp_path, name)).estimate.read
+
+    assert read("safe_delta") - read("wise_ft") == pytest.approx(size, rel=0.02)
+    assert read("lssf") - read("replace") == pytest.approx(size, rel=0.02)
