@@ -15,10 +15,23 @@ TEXTS_PANEL = "Texts (JSON lines; realign methods NAME says which are read)"
 AUDIT_PANEL = "Audit"
 MACHINE_PANEL = "Machine"
 
+MAX_SEED = 2**63 - 1
+
 
 def checkpoint_option(*names: str, help: str) -> Any:
     """An option that takes a checkpoint, in their panel."""
     return typer.Option(*names, metavar="MODEL", help=help, rich_help_panel=MODELS_PANEL)
+
+
+def check_seed(seed: int, *, option: str = "--seed") -> int:
+    """Return a seed that every generator takes.
+
+    Raises:
+        UsageError: it is negative, or above what torch takes.
+    """
+    if not 0 <= seed <= MAX_SEED:
+        raise UsageError(f"{option} is {seed}", f"it must be a whole number from 0 to {MAX_SEED}")
+    return seed
 
 
 Aligned = Annotated[
@@ -91,7 +104,11 @@ Device = Annotated[
 Seed = Annotated[
     int,
     typer.Option(
-        "--seed", metavar="N", help="Seed of every random choice.", rich_help_panel=MACHINE_PANEL
+        "--seed",
+        metavar="N",
+        callback=lambda seed: check_seed(seed),  # typer reads a signature
+        help="Seed of every random choice.",
+        rich_help_panel=MACHINE_PANEL,
     ),
 ]
 Offline = Annotated[

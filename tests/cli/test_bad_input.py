@@ -317,6 +317,22 @@ def test_usage_errors_exit_with_2_and_say_where_help_is(arguments: list[str]) ->
     refused(realign(*arguments), "--help")
 
 
+@pytest.mark.parametrize("seed", ["-1", str(2**63)])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["repair", "x", "--method", "wise_ft", "--seed"],
+        ["audit", "x", "--seed"],
+        ["tune", "x", "-o", "out", "--seed"],
+        ["unalign", "x", "--data", "f.jsonl", "-o", "out", "--seed"],
+        ["lab", "build", "x", "--seed"],
+        ["lab", "compare", "x", "-o", "out", "--seeds"],
+    ],
+)
+def test_a_seed_that_no_generator_takes(arguments: list[str], seed: str) -> None:
+    refused(realign(*arguments, seed), f"{arguments[-1]} is {seed}", "from 0 to")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

@@ -11,7 +11,7 @@ import typer
 from realign.errors import OutputError, UsageError
 from realign_cli.command import Example, HelpOption, command, epilog
 from realign_cli.imports import swift_imports
-from realign_cli.options import Device, Seed
+from realign_cli.options import Device, Seed, check_seed
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
@@ -236,6 +236,8 @@ def compare(
         numbers = [int(each) for each in _split(seeds) or []]
     except ValueError:
         raise UsageError(f"--seeds {seeds} is no list of numbers", "write: --seeds 1,2,3") from None
+    for each in numbers:
+        check_seed(each, option="--seeds")
 
     with swift_imports():
         from realign.lab.compare import compare as run
