@@ -107,6 +107,14 @@ class _Reduced(Eigenpairs):
         return _clean(values.flip(0), values.numel())
 
 
+class NotDefiniteError(RuntimeError):
+    """A matrix that is not positive definite, and what helps."""
+
+    def __init__(self, message: str, hint: str) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
 @contextmanager
 def decomposing(key: str) -> Generator[None]:
     """Name the tensor in whatever a decomposition inside cannot do.
@@ -115,11 +123,13 @@ def decomposing(key: str) -> Generator[None]:
         key: of the slot, or of several.
 
     Raises:
-        CheckpointError: the decomposition does not converge.
+        CheckpointError: the decomposition does not converge, or second moments are not definite.
         NonFiniteError: it was asked for a matrix that holds NaN or infinity.
     """
     try:
         yield
+    except NotDefiniteError as error:
+        raise CheckpointError(f"{key}: {error}", error.hint) from error
     except torch.linalg.LinAlgError as error:  # pyright: ignore[reportPrivateImportUsage]
         raise CheckpointError(
             f"{key}: its decomposition does not converge ({error})",

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from realign.subspace.eigen import require_finite
+from realign.subspace.eigen import NotDefiniteError, require_finite
 from realign.subspace.lapack import invert_cholesky
 
 RETRIES = 3
@@ -57,7 +57,7 @@ def inverse_factor(scatter_ii: Tensor, *, damp: float, overwrite: bool = False) 
     """Return U upper triangular with U^T U = (H + damping mean(diag H) I)^-1.
 
     An input that was never there, H_jj = 0, gets H_jj = 1. Where H is not positive definite in
-    spite of the damping, this is raised tenfold, up to three times.
+    spite of the damping, this is raised tenfold, up to three times; a damping of 0 stays 0.
 
     Args:
         scatter_ii: H [d_in, d_in], symmetric, positive semi-definite.
@@ -66,7 +66,8 @@ def inverse_factor(scatter_ii: Tensor, *, damp: float, overwrite: bool = False) 
 
     Raises:
         NonFiniteError: H holds NaN or infinity.
-        torch.linalg.LinAlgError: H is not positive definite with a thousand times the damping.
+        NotDefiniteError: H is not positive definite with a thousand times the damping, or without
+            any where `damp` is 0.
     """
     assert scatter_ii.dim() == 2, "the whole matrix of second moments, not its diagonal"
     assert scatter_ii.shape[0] == scatter_ii.shape[1], tuple(scatter_ii.shape)
@@ -81,14 +82,22 @@ def inverse_factor(scatter_ii: Tensor, *, damp: float, overwrite: bool = False) 
     # U = J L^-1 J.
     _reverse(h_ii)
     route = factor_in_place if h_ii.device.type == "cpu" else factor_by_solving
-    for attempt in range(RETRIES + 1):
+    for attempt in range(RETRIES + 1 if damp else 1):
         damping = damp * 10.0**attempt
         h_ii.diagonal().copy_((own + damping * mean).flip(0))
         u_ii = route(h_ii)
         if u_ii is not None:
             return InverseFactor(u_ii, damping)
-    message = f"not positive definite with {damp * 10.0**RETRIES:g} of its mean diagonal added"
-    raise torch.linalg.LinAlgError(message)  # pyright: ignore[reportPrivateImportUsage]
+    what = "the second moments of its inputs are not positive definite"
+    if not damp:
+        raise NotDefiniteError(
+            f"{what} with damp = 0: there are too few tokens, or inputs that repeat each other",
+            "set damp above 0 (--set damp=0.01), or give more texts",
+        )
+    raise NotDefiniteError(
+        f"{what} with {damp * 10.0**RETRIES:g} of its mean diagonal added, a thousand times damp",
+        "give a larger damp (--set damp=...) or more texts",
+    )
 
 
 def factor_in_place(h_ii: Tensor) -> Tensor | None:

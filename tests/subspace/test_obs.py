@@ -10,11 +10,10 @@ from support.obs_support import psd, sweep_by_definition
 from support.subspace_support import error, matrix
 from torch import Tensor
 
-from realign.errors import NonFiniteError
+from realign.errors import CheckpointError, NonFiniteError
 from realign.subspace import obs
+from realign.subspace.eigen import NotDefiniteError, decomposing
 from realign.subspace.obs import inverse_factor, sweep
-
-LinAlgError = torch.linalg.LinAlgError  # pyright: ignore[reportPrivateImportUsage]
 
 
 def swept(
@@ -84,8 +83,22 @@ def test_a_factorisation_that_fails_is_tried_with_ten_times_the_damping() -> Non
 def test_after_a_thousand_times_the_damping_the_matrix_is_refused() -> None:
     h = torch.diag(torch.tensor([1.0, 1.0, 100.0, -400.0], dtype=torch.float64))
     h[0, 1] = h[1, 0] = 3.0
-    with pytest.raises(LinAlgError, match="not positive definite with 10 of its mean"):
+    with pytest.raises(NotDefiniteError, match="not positive definite with 10 of its mean") as it:
         inverse_factor(h, damp=0.01)
+    assert "a larger damp" in it.value.hint
+
+
+def test_without_damping_nothing_is_raised_and_the_refusal_names_damp_and_the_texts() -> None:
+    x = torch.ones(4, 1, dtype=torch.float64)  # one token, four inputs that are all the same
+    with (
+        pytest.raises(CheckpointError, match=r"q_proj: .*with damp = 0: there are too few") as it,
+        decomposing("q_proj"),
+    ):
+        inverse_factor(x @ x.T, damp=0.0)
+    assert "damp above 0" in it.value.hint
+    assert "more texts" in it.value.hint
+    assert "tensor" not in it.value.hint
+    assert inverse_factor(x @ x.T, damp=0.01).damping == 0.01
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
