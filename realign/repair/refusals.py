@@ -42,6 +42,8 @@ class AnchorReply:
     token_ids: tuple[int, ...]
     text: str
     refused: bool
+    finished: bool
+    """The model ended it itself; False where it was cut at the length limit."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Refusals:
                 token_ids=reply.token_ids,
                 text=reply.text,
                 refused=bool(judge.judge(item, reply.text).refused),
+                finished=reply.finished,
             )
         ordered = [answers[index] for index in range(len(prompts))]
         _write_text(path, json.dumps([vars(each) for each in ordered], ensure_ascii=False))
@@ -149,7 +152,7 @@ def _as_it_is(loaded: LoadedModel, item: Item) -> AnchorReply:
     text = _brought(item)
     assert text is not None
     ids = encode_reply(loaded.tokenizer, item.prompt, text).reply_ids
-    return AnchorReply(item.id, item.prompt, ids, text, refused=True)
+    return AnchorReply(item.id, item.prompt, ids, text, refused=True, finished=True)
 
 
 def _reply_from(value: Mapping[str, Any]) -> AnchorReply:

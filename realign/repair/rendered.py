@@ -27,6 +27,7 @@ from realign.model.generation import Reply, generate
 from realign.model.loading import load_model, load_tokenizer
 from realign.progress import SILENT, Progress
 from realign.repair.preparation import Data
+from realign.repair.refusals import AnchorReply
 from realign.repair.texts import OPTIONS, Text, TextFile, load_texts
 
 MAX_TOKENS = 2048
@@ -55,8 +56,8 @@ class RenderedTexts:
     """The checkpoint of a role, as stored."""
     about: Callable[[str], Mapping[str, str]]
     """What a role's answers depend on beside the prompts: weights, versions, device."""
-    refusals: Callable[[], Sequence[tuple[str, Sequence[int], str]]]
-    """The anchors that the aligned model refuses, with its refusals: as token ids and as text."""
+    refusals: Callable[[], Sequence[AnchorReply]]
+    """The anchors that the aligned model refuses, with its refusals."""
     anchors: Callable[[], Sequence[str]]
     """The prompts of the anchors."""
     cache: Path
@@ -68,35 +69,37 @@ class RenderedTexts:
     _tokenizers: dict[str, PreTrainedTokenizerBase] = field(
         default_factory=dict[str, PreTrainedTokenizerBase]
     )
-    _examples: dict[tuple[Data, str], tuple[EncodedReply, ...]] = field(
-        default_factory=dict[tuple[Data, str], tuple[EncodedReply, ...]]
+    _examples: dict[tuple[Data, str, int | None], tuple[EncodedReply, ...]] = field(
+        default_factory=dict[tuple[Data, str, int | None], tuple[EncodedReply, ...]]
     )
 
     def identity(self) -> dict[str, str]:
         """The hashes of all files, for caches of what is made of them."""
         return {data: self._file(data).sha256 for data in sorted(self.sources)}
 
-    def examples(self, data: Data, *, role: str) -> Sequence[EncodedReply]:
+    def examples(
+        self, data: Data, *, role: str, limit: int | None = None
+    ) -> Sequence[EncodedReply]:
         """Return prompts with their replies as tokens, in the order of the file.
+
+        Args:
+            data: which texts.
+            role: whose chat template counts, and who answers rows without a reply.
+            limit: only the first so many that the model has room for; no other row is answered.
 
         Raises:
             SuiteError: no row leaves room for a reply.
             ModelError: the model cannot be asked, or has no chat template.
         """
         assert data != "pairs"
-        if (data, role) not in self._examples:
-            tokenizer = self._tokenizer(role)
-            if data == "safe" and data not in self.sources:
-                found = [
-                    encode_reply(
-                        tokenizer, prompt, ids if role == "aligned" else text, end_of_turn=True
-                    )
-                    for prompt, ids, text in self.refusals()
-                ]
-            else:
-                found = self._answered(self._file(data), role=role)
-            self._examples[data, role] = tuple(self._cut(found, data, role=role))
-        return self._examples[data, role]
+        if data == "safe" and data not in self.sources:
+            if (data, role, None) not in self._examples:
+                self._examples[data, role, None] = tuple(self._refused(role))
+        elif not {(data, role, None), (data, role, limit)} & self._examples.keys():
+            found = self._answered(data, role=role, limit=limit)
+            self._examples[data, role, limit] = tuple(found)
+        whole = self._examples.get((data, role, None))
+        return self._examples[data, role, limit] if whole is None else whole[:limit]
 
     def pairs(self, *, role: str) -> Sequence[tuple[EncodedReply, EncodedReply]]:
         """Return (chosen, rejected) as tokens, in the order of the file."""
@@ -138,17 +141,46 @@ class RenderedTexts:
         declared = text_config(self.checkpoint(role).config).get("max_position_embeddings")
         return min(MAX_TOKENS, declared) if isinstance(declared, int) else MAX_TOKENS
 
-    def _answered(self, file: TextFile, *, role: str) -> list[EncodedReply]:
-        tokenizer = self._tokenizer(role)
-        open_rows = [row for row in file.texts if row.reply is None]
+    def _refused(self, role: str) -> list[EncodedReply]:
+        """The aligned model's refusals of anchors, within the model's length."""
+        tokenizer, limit = self._tokenizer(role), self._limit(role)
+        found = [
+            encode_reply(
+                tokenizer,
+                each.prompt,
+                each.token_ids if role == "aligned" else each.text,
+                end_of_turn=each.finished,
+            )
+            for each in self.refusals()
+        ]
+        kept = [_shortened(each, limit) for each in found if _fits(each, limit)]
+        self._tell("safe", len(found), len(kept), limit)
+        return kept
+
+    def _answered(self, data: Data, *, role: str, limit: int | None) -> list[EncodedReply]:
+        """The first rows with room for a reply, each with its own or the model's."""
+        tokenizer, longest = self._tokenizer(role), self._limit(role)
+        kept: list[EncodedReply | Text] = []
+        seen = 0
+        for row in self._file(data).texts:
+            if limit is not None and len(kept) == limit:
+                break
+            seen += 1
+            if row.reply is not None:
+                given = encode_reply(tokenizer, row.prompt, row.reply, end_of_turn=True)
+                if _fits(given, longest):
+                    kept.append(_shortened(given, longest))
+            elif len(encode(tokenizer, row.prompt)) < longest:
+                kept.append(row)
+        self._tell(data, seen, len(kept), longest)
+        open_rows = [each for each in kept if isinstance(each, Text)]
         answers = iter(self._answers(open_rows, role=role) if open_rows else ())
         found: list[EncodedReply] = []
-        for row in file.texts:
-            if row.reply is not None:
-                found.append(encode_reply(tokenizer, row.prompt, row.reply, end_of_turn=True))
-            else:
+        for each in kept:
+            if isinstance(each, Text):
                 ids, finished = next(answers)
-                found.append(encode_reply(tokenizer, row.prompt, ids, end_of_turn=finished))
+                each = encode_reply(tokenizer, each.prompt, ids, end_of_turn=finished)
+            found.append(_shortened(each, longest))
         return found
 
     def _answers(self, rows: Sequence[Text], *, role: str) -> list[Answer]:
@@ -168,12 +200,6 @@ class RenderedTexts:
         with load_model(checkpoint, device=self.device, offload=self.offload) as loaded:
             sequences = [encode(loaded.tokenizer, prompt) for prompt in prompts]
             room = self._limit(role) - max(map(len, sequences))
-            if room < 1:
-                longest = max(sequences, key=len)
-                raise SuiteError(
-                    f"a prompt has {len(longest)} tokens and leaves no room for an answer",
-                    "leave it out, or give its reply",
-                )
             self.progress.note(f"{loaded.name} answers {len(prompts)} prompts that have no reply")
             replies: Iterable[Reply] = generate(
                 loaded,
@@ -188,13 +214,6 @@ class RenderedTexts:
         _write_json(path, ordered)
         return ordered
 
-    def _cut(self, found: Sequence[EncodedReply], data: Data, *, role: str) -> list[EncodedReply]:
-        """The sequences within the model's length; those without room for a reply are left out."""
-        limit = self._limit(role)
-        kept = [_shortened(each, limit) for each in found if each.start < min(limit, len(each.ids))]
-        self._tell(data, len(found), len(kept), limit)
-        return kept
-
     def _tell(self, data: Data, given: int, kept: int, limit: int) -> None:
         if not kept:
             raise SuiteError(
@@ -206,6 +225,11 @@ class RenderedTexts:
                 f"{OPTIONS[data]}: {given - kept} of {given} rows have no reply within {limit} "
                 "tokens and are left out"
             )
+
+
+def _fits(reply: EncodedReply, limit: int) -> bool:
+    """Whether there is a token of the reply within the limit."""
+    return reply.start < min(limit, len(reply.ids))
 
 
 def _shortened(reply: EncodedReply, limit: int) -> EncodedReply:

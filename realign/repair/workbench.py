@@ -42,7 +42,7 @@ from realign.repair.request import Inputs, RepairRequest
 from realign.repair.running import LiveModel, running_model
 from realign.repair.texts import texts_of
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 """Raised when the same inputs would give other statistics."""
 
 
@@ -62,9 +62,7 @@ class ModelWorkbench:
             sources=texts_of(request),
             checkpoint=lambda role: original(inputs.all()[role]),
             about=self._running_about,
-            refusals=lambda: [
-                (each.prompt, each.token_ids, each.text) for each in self.refusals("aligned")
-            ],
+            refusals=lambda: self.refusals("aligned"),
             anchors=lambda: [item.prompt for item in self._suite.items],
             cache=self._cache,
             device=self.device,
@@ -110,7 +108,7 @@ class ModelWorkbench:
         limit: int | None = None,
     ) -> Statistics:
         """Moments of what every matrix is fed."""
-        texts = self._texts.examples(data, role=role)[:limit]
+        texts = self._texts.examples(data, role=role, limit=limit)
         return self._measured.input_moments(
             self._model(role), texts, tokens=cast(Tokens, tokens), diagonal=diagonal
         )
@@ -119,7 +117,7 @@ class ModelWorkbench:
         self, *, role: str, data: Data, kind: GradientKind, limit: int | None = None
     ) -> Mapping[str, Tensor]:
         """A gradient statistic of every matrix."""
-        texts = self._texts.examples(data, role=role)[:limit]
+        texts = self._texts.examples(data, role=role, limit=limit)
         return self._measured.gradients(self._model(role), texts, kind=kind)
 
     def examples(self, data: Data, *, role: str) -> Sequence[EncodedReply]:

@@ -63,7 +63,7 @@ def test_what_one_method_measured_another_finds(
     # Refusals are rendered anew, which takes a tokenizer and a model; measuring must not.
     with _bench(family, tmp_path, layers="1", method="replace") as bench:
         texts = bench._texts.examples("safe", role="aligned")
-        bench._texts._examples["safe", "aligned"] = tuple(texts)
+        bench._texts._examples["safe", "aligned", None] = tuple(texts)
         monkeypatch.setattr(workbench, "load_model", _no_model)
         again = bench.input_moments(**ASKED)
         slim = bench.input_moments(**ASKED, diagonal=True)

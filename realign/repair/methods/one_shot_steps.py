@@ -6,12 +6,13 @@ settings, and what becomes of the change (`one_shot`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from realign.errors import UsageError
+from realign.errors import NonFiniteError, UsageError
 from realign.model.chat import EncodedReply, encode_reply
 from realign.model.loading import LoadedModel
 from realign.model.training import deterministic
@@ -27,6 +28,8 @@ REFUSAL = (
 )
 
 _HALVINGS = 30
+_FALL = 1e-6
+"""Least fall of the loss, in nats per token and relative to it above 1: less is rounding."""
 _MOST_UNKNOWN = 0.1
 """Share of the generic example's tokens that a vocabulary may lack."""
 
@@ -36,6 +39,7 @@ def train_on_refusal(method: OneShot, workbench: Workbench) -> dict[str, Tensor]
 
     Raises:
         UsageError: the vocabulary lacks the words of the generic example.
+        NonFiniteError: the loss on the example, or a gradient, is NaN or infinite.
     """
     with workbench.running("finetuned") as running, deterministic():
         example = _example(method, workbench, running.loaded)
@@ -62,7 +66,7 @@ def _projected(
     method: OneShot, workbench: Workbench, running: RunningModel, example: EncodedReply
 ) -> dict[str, Tensor]:
     factors: dict[str, list[tuple[Tensor, Tensor]]] = {key: [] for key in running.keys}
-    before = loss = _loss(running, example)
+    before = loss = _finite_loss(running, example)
     taken = 0
     with workbench.progress.task("one refusal", total=method.rounds) as task:
         while taken < method.rounds and loss > method.target_loss:
@@ -71,8 +75,15 @@ def _projected(
             steps: dict[str, tuple[Tensor, Tensor]] = {}
             for key in running.keys:
                 gradient = running.gradient(key)
-                if gradient is not None and bool(gradient.any()):
-                    steps[key] = leading_part(gradient, method.k)
+                if gradient is None or not bool(gradient.any()):
+                    continue
+                if not bool(torch.isfinite(gradient).all()):
+                    raise NonFiniteError(
+                        f"the gradient of the refusal at {key} of {running.loaded.name} is not "
+                        "finite",
+                        "check the weights of this model",
+                    )
+                steps[key] = leading_part(gradient, method.k)
             running.clear_gradients()
             eta, after = line_search(running, steps, example, loss=loss)
             if eta == 0.0:
@@ -93,7 +104,7 @@ def _sft(
     method: OneShot, workbench: Workbench, running: RunningModel, example: EncodedReply
 ) -> dict[str, Tensor]:
     original = {key: running.weight(key).to("cpu", copy=True) for key in running.keys}
-    before = _loss(running, example)
+    before = _finite_loss(running, example)
     adamw_run(
         running,
         lambda _: reply_loss(running, [example]),
@@ -102,7 +113,7 @@ def _sft(
         label="one refusal",
         progress=workbench.progress,
     )
-    made = _facts(before, _loss(running, example), method.epochs)
+    made = _facts(before, _finite_loss(running, example), method.epochs)
     for key, weight in original.items():
         made[f"delta/{key}"] = running.weight(key).cpu() - weight
     return made
@@ -129,16 +140,19 @@ def line_search(
 ) -> tuple[float, float]:
     """Take the steps -eta left right, with eta halved from 1 until the loss falls.
 
+    A fall within rounding, of 1e-6 nats or of the loss where that is above 1, is none.
+
     Returns:
         eta and the loss after it; (0, loss), the weights as they were, where no eta helps.
     """
+    below = loss - _FALL * max(1.0, abs(loss))
     start = {key: running.weight(key).clone() for key in steps}
     eta = 1.0
     for _ in range(_HALVINGS):
         for key, (left, right) in steps.items():
             running.weight(key).copy_(start[key].addmm(left, right, alpha=-eta))
         after = _loss(running, example)
-        if after < loss:  # False for NaN
+        if after < below:  # False for NaN
             return eta, after
         eta /= 2
     for key, weight in start.items():
@@ -149,6 +163,16 @@ def line_search(
 def _loss(running: RunningModel, example: EncodedReply) -> float:
     with torch.no_grad():
         return float(reply_loss(running, [example]))
+
+
+def _finite_loss(running: RunningModel, example: EncodedReply) -> float:
+    loss = _loss(running, example)
+    if not math.isfinite(loss):
+        raise NonFiniteError(
+            f"{running.loaded.name}: the loss on the refusal is {loss}",
+            "check the weights of this model; with mode = sft, lower the rate (lr)",
+        )
+    return loss
 
 
 def _facts(before: float, after: float, rounds: int) -> dict[str, Tensor]:

@@ -92,6 +92,7 @@ class Somf(Method):
 
     name: ClassVar[str] = "somf"
     card: ClassVar[Card] = CARD
+    data: ClassVar[frozenset[Data]] = frozenset({"safe", "keep", "pairs"})
     cost_class = "training"
     trains = True
     fuses = True
@@ -226,7 +227,10 @@ class Somf(Method):
             edit = merged - vectors[0]
         if not bool(edit.any()):
             return Unchanged("the mask keeps all of the task vector")
-        return Dense(edit, facts=facts)
+        # Wf - (Wf - Wa) is not Wa in every entry once it is rounded.
+        reverted = None if bool(scale.any()) else layer.require("aligned")
+        target = None if reverted is None else reverted.to(layer.finetuned)
+        return Dense(edit, target=target, facts=facts)
 
     def training_bytes(self, size: ModelSize) -> int:
         """Model, task vector, masked weights and their gradients; logits with their moments."""
