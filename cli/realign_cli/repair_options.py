@@ -113,7 +113,8 @@ MaxPatchRank = Annotated[
     typer.Option(
         "--max-patch-rank",
         metavar="R",
-        help="Truncate edits of larger rank, also dense ones, and report the error.",
+        help="Truncate edits of larger rank, also dense ones, and report the error. A bound of a "
+        "matrix's full rank truncates nothing.",
     ),
 ]
 Encode = Annotated[

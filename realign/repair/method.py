@@ -180,6 +180,10 @@ class Method(ABC):
                 return name, value
         return None
 
+    def fixed_count(self) -> tuple[str, int] | None:
+        """Return the parameter that fixes how many matrices are selected, and its value."""
+        return None
+
     def settled(self, given: Given) -> Settled:
         """Decide every setting that is "auto" by what was given, once for the whole run.
 

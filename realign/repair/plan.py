@@ -29,9 +29,11 @@ from realign.repair.method import Given, Method, Scope
 from realign.repair.patch_checks import by_matrices, check_patch
 from realign.repair.plan_anchors import PlannedAnchors, plan_anchors
 from realign.repair.plan_checks import (
+    check_count,
     check_encoding,
     check_first_repair,
     check_offload,
+    check_patch_rank,
     check_rank,
     check_roles,
     check_something_to_do,
@@ -240,6 +242,8 @@ def plan_repair(request: RepairRequest, inputs: Inputs) -> Plan:
         dials = bool(request.strengths)
         check_encodable(method, matching, strength=request.strength, dials=dials)
     notes += check_rank(method, matching, inputs.finetuned)
+    notes += check_count(method, matching, inputs.finetuned)
+    notes += check_patch_rank(request, matching, inputs.finetuned)
     notes += _merge_notes(inputs.finetuned, matching)
     if not request.patch:  # a patch has no tokenizer of its own
         notes += _tokenizer_notes(inputs.finetuned)

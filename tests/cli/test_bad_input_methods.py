@@ -68,6 +68,9 @@ def test_a_parameter_out_of_range(tmp_path: Path, method: str, name: str) -> Non
         ("replace", ["rank=entropy", "eta=0"], "eta = 0 keeps one direction"),
         ("antidote", ["alpha=0"], "alpha = 0 prunes nothing"),
         ("antidote", ["alpha=1"], "alpha = 1 prunes every entry"),
+        ("wise_ft", ["a=0"], "a = 0 is the fine-tune itself"),
+        ("safe_delta", ["s=0"], "s = 0 keeps nothing of the task vector"),
+        ("safe_delta", ["drop_fraction=1"], "drop_fraction = 1 rejects every entry"),
         ("irr", ["keep_fraction=1"], "keep_fraction = 1 keeps every conflict"),
         ("nlsr", ["fraction=0"], "fraction = 0 leaves nothing to repair"),
         ("nlsr", ["q=1"], "q = 1 leaves nothing to repair"),
@@ -89,6 +92,33 @@ def test_a_rank_above_some_matrices_is_remarked_on(tmp_path: Path) -> None:
     (note,) = (note for note in found.json["notes"] if "rank = 20" in note)
     assert "4 of 14 matrices" in note and "k_proj.weight with 16" in note
     assert "all of their directions are kept" in note
+
+
+@pytest.mark.parametrize(("count", "remarked"), [(500, True), (15, True), (14, False)])
+def test_more_matrices_than_there_are_is_remarked_on(
+    tmp_path: Path, count: int, remarked: bool
+) -> None:
+    trio = make_trio(tmp_path, "llama")
+    models = ["--aligned", trio.aligned, "--base", trio.base, "--method", "safe_lora"]
+    options = [*models, "--set", "selection=number", "--set", f"num_layers={count}", "--dry-run"]
+    notes = realign("repair", trio.finetuned, *options, "--json").json["notes"]
+    said = f"num_layers = {count}: there are only 14 matrices, all are selected"
+    assert (said in notes) == remarked
+    by_threshold = [*models, "--set", f"num_layers={count}", "--dry-run", "--json"]
+    assert said not in realign("repair", trio.finetuned, *by_threshold).json["notes"]
+
+
+@pytest.mark.parametrize(("rank", "remarked"), [(500, True), (32, True), (31, False)])
+def test_a_patch_rank_that_truncates_nothing_is_remarked_on(
+    tmp_path: Path, rank: int, remarked: bool
+) -> None:
+    """Of the tiny Llama's matrices none has more than 32 directions."""
+    trio = make_trio(tmp_path, "llama")
+    models = ["--aligned", trio.aligned, "--base", trio.base, "--method", "resta"]
+    options = [*models, "--patch", "--max-patch-rank", str(rank), "--dry-run", "--json"]
+    notes = realign("repair", trio.finetuned, *options).json["notes"]
+    said = f"--max-patch-rank {rank} truncates nothing: no matrix has more than 32 directions"
+    assert (said in notes) == remarked
 
 
 # --- checkpoints -------------------------------------------------------------------------------

@@ -97,7 +97,6 @@ def test_an_edit_that_overflows_is_refused(trio_of, tmp_path: Path) -> None:
     ("options", "words"),
     [
         ({"settings": {"rank": 0}}, "rank is 0"),
-        ({"method": "wise_ft", "settings": {"a": 0.0}}, "a is 0"),
         ({"method": "resta", "settings": {"gamma": 0.0}}, "gamma is 0"),
         ({"method": "resta", "strength": 1e-12}, "smaller than what"),
     ],

@@ -142,7 +142,18 @@ class SafeDelta(Method):
             )
 
     def check_settings(self) -> None:
-        """Refuse a budget that keeps everything."""
+        """Refuse to keep everything, and to keep nothing: no method is needed for either."""
+        if self.s == 0.0:
+            raise UsageError(
+                "s = 0 keeps nothing of the task vector: the result would be the aligned model",
+                f"give a number above 0{' and at most 1' if self.budget == 'relative' else ''} "
+                "(default 0.1)",
+            )
+        if self.drop_fraction == 1.0:
+            raise UsageError(
+                "drop_fraction = 1 rejects every entry: the result would be the aligned model",
+                "give a number in [0, 1) (default 0.15)",
+            )
         if self.budget == "relative" and self.s == 1.0 and self.drop_fraction == 0.0:
             raise UsageError(
                 "s = 1 of a relative budget with drop_fraction = 0 keeps the whole task vector: "

@@ -92,7 +92,7 @@ class SafeLora(CosineMethod):
     num_layers: int = parameter(
         10, Integer(1), symbol="K", source="the public code; read with selection=number only"
     )
-    """How many matrices are selected: those with the lowest cosines."""
+    """How many matrices are selected: those with the lowest cosines; all if there are fewer."""
 
     projector: str = parameter(
         "paper",
@@ -114,6 +114,10 @@ class SafeLora(CosineMethod):
                 "tau = 0 selects no matrix: safe_lora would change nothing",
                 "give a number above 0, or tau = auto",
             )
+
+    def fixed_count(self) -> tuple[str, int] | None:
+        """Return K, where it is what selects."""
+        return ("num_layers", self.num_layers) if self.selection == "number" else None
 
     @property
     def threshold(self) -> float | str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from realign.errors import UsageError
 from realign.repair.edit import Dense, Difference, Edit, Layer, Unchanged
 from realign.repair.method import Card, Method, Scope
 from realign.repair.parameters import Real, parameter
@@ -45,6 +46,14 @@ class WiseFt(Method):
         0.5, Real(0.0, 1.0), symbol="a", source="arXiv 2412.19512 by public summaries"
     )
     """How far to go: 0 is the fine-tune, 1 the aligned model."""
+
+    def check_settings(self) -> None:
+        """Refuse to stay where the fine-tune is."""
+        if self.a == 0.0:
+            raise UsageError(
+                "a = 0 is the fine-tune itself: wise_ft would change nothing",
+                "give a number in (0, 1] (default 0.5)",
+            )
 
     def linear_edit(self) -> Difference | None:
         """Return a (Wa - Wf)."""

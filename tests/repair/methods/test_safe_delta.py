@@ -263,6 +263,14 @@ def test_a_relative_budget_that_keeps_everything_is_no_run() -> None:
     SafeDelta(s=1.0, drop_fraction=0.0).check_settings()
 
 
+@pytest.mark.parametrize("budget", ["absolute", "relative"])
+def test_settings_that_give_the_aligned_model_are_no_run(budget: str) -> None:
+    with pytest.raises(UsageError, match="s = 0 keeps nothing"):
+        SafeDelta(s=0.0, budget=budget).check_settings()
+    with pytest.raises(UsageError, match="drop_fraction = 1 rejects every entry"):
+        SafeDelta(drop_fraction=1.0, budget=budget).check_settings()
+
+
 def test_it_runs_the_unmodified_aligned_model_on_all_tokens_of_safe_dialogues() -> None:
     bench = Bench({})
     SafeDelta(samples=128).prepare(bench)

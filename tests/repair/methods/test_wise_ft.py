@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.subspace_support import edit_of, layer_of, repaired
 
+from realign.errors import UsageError
 from realign.repair.edit import Dense, Layer, Unchanged
 from realign.repair.methods.wise_ft import WiseFt
 from realign.repair.preparation import NO_STATISTICS
@@ -51,6 +52,12 @@ def test_twice_once_linear_and_mirrored(a: float, seed: int) -> None:
     assert torch.allclose(edit_of(WiseFt(a=a), layer), a * full, rtol=1e-14)
     mirrored = dataclasses.replace(layer, finetuned=layer.aligned, aligned=layer.finetuned)
     assert torch.allclose(repaired(WiseFt(a=1 - a), mirrored), once, rtol=0, atol=1e-14)
+
+
+def test_to_stay_is_no_run_and_to_go_all_the_way_is_one() -> None:
+    with pytest.raises(UsageError, match="a = 0 is the fine-tune itself"):
+        WiseFt(a=0.0).check_settings()
+    WiseFt(a=1.0).check_settings()
 
 
 def test_no_edits() -> None:
