@@ -155,6 +155,13 @@ class Method(ABC):
         """Whether what is edited is the aligned model itself, before any fine-tune."""
         return False
 
+    def must_differ(self) -> tuple[tuple[Role, Role], ...]:
+        """Return pairs of roles that leave nothing to do where they hold the same weights.
+
+        Beside the safety vector's two, and the fine-tune and the aligned model.
+        """
+        return ()
+
     def check_settings(self) -> None:
         """Refuse settings under which a run is pointless; asked by the plan, not by `edit`.
 
@@ -178,10 +185,6 @@ class Method(ABC):
             value: object = getattr(self, name, None)
             if isinstance(value, int) and not isinstance(value, bool):
                 return name, value
-        return None
-
-    def fixed_count(self) -> tuple[str, int] | None:
-        """Return the parameter that fixes how many matrices are selected, and its value."""
         return None
 
     def settled(self, given: Given) -> Settled:

@@ -67,6 +67,8 @@ W' = (1 - M) (.) W_finetuned + M (.) W_e;  the other modules keep W_finetuned"""
         "probability that rises from fraction - spread at the most similar one to "
         "fraction + spread at the least, by draws keyed by the module's name.",
         "Modules that the fine-tune or the reference left alone are not counted.",
+        "Q_r comes from the inputs of W_strong in every case: extrapolated with b > 0, W_e is no "
+        "checkpoint that could be run.",
         "Equal entries go by column, then row: a region has exactly its size.",
         "Directions without energy do not enter Q_r, so r is smaller where there are few tokens.",
         "Of an adapter, the amplification 1 + b stands on the product, as a factor of B; space = "
@@ -174,6 +176,11 @@ class Nlsr(Method):
         elif self.reference == "unaligned" and self.b > 0.0:
             extra = frozenset({"unaligned"})
         return self.needs | extra
+
+    def must_differ(self) -> tuple[tuple[Role, Role], ...]:
+        """What the reference is made from, and the aligned model."""
+        extra = self.required_roles() - self.needs
+        return tuple((role, "aligned") for role in sorted(extra))
 
     @property
     def is_aligned(self) -> bool:
