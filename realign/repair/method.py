@@ -74,7 +74,8 @@ class Method(ABC):
         needs: checkpoints needed beside the fine-tune, without the safety vector's second one.
         paper_vector: the method's own safety vector; None if it uses none.
         needs_anchors: whether `prepare` runs a model over the anchor prompts.
-        data: texts that `prepare` asks for; "safe" falls back on the anchors.
+        data: texts that `prepare` can ask for with some settings (`required_data`: with these);
+            "safe" falls back on the anchors.
         cost_class: see `CostClass`.
         trains: whether `prepare` holds a model in memory as a whole, to train with it.
         fuses: whether it takes other fine-tunes beside the one to repair.
@@ -187,6 +188,10 @@ class Method(ABC):
                 return name, value
         return None
 
+    def fixed_count(self) -> tuple[str, int] | None:
+        """Return the parameter that fixes how many matrices are selected, and its value."""
+        return None
+
     def settled(self, given: Given) -> Settled:
         """Decide every setting that is "auto" by what was given, once for the whole run.
 
@@ -293,9 +298,12 @@ def settle_safety_vector(method: Method, available: Collection[str]) -> Settled:
     asked: str = getattr(method, "safety_vector", paper)
     if asked != "auto":
         if asked not in available:
+            other = "unaligned" if asked == "base" else "base"
+            hint = f"give it with --{asked}"
+            if other in available:
+                hint += f", or use --set safety_vector={other}"
             raise UsageError(
-                f"{method.name} with safety_vector = {asked} needs the {asked} model",
-                f"give it with --{asked}, or use --set safety_vector=auto",
+                f"{method.name} with safety_vector = {asked} needs the {asked} model", hint
             )
         kind = asked
     else:

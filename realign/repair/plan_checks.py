@@ -165,12 +165,7 @@ def check_rank(method: Method, matching: Matching, finetuned: Checkpoint) -> lis
     if fixed is None:
         return []
     name, rank = fixed
-    sides = {
-        slot.key: min(slot_shape(finetuned.tensors[slot.tensor].shape, slot))
-        for pair in matching.pairs
-        if pair.action == "edit" and len(finetuned.tensors[pair.role.name].shape) >= 2
-        for slot in pair.slots
-    }
+    sides = _smaller_sides(matching, finetuned)
     if not sides:
         return []
     largest = max(sides, key=lambda key: sides[key])
@@ -187,6 +182,43 @@ def check_rank(method: Method, matching: Matching, finetuned: Checkpoint) -> lis
         f"{name} = {rank} is above the rank of {len(small)} of {len(sides)} matrices (first "
         f"{small[0]} with {sides[small[0]]}): all of their directions are kept"
     ]
+
+
+def check_patch_rank(
+    request: RepairRequest, matching: Matching, finetuned: Checkpoint
+) -> list[str]:
+    """Say where the bound on a patch's rank is above every rank: legal, and it bounds nothing."""
+    if request.max_patch_rank is None:
+        return []
+    sides = _smaller_sides(matching, finetuned)
+    largest = max(sides.values(), default=0)
+    if request.max_patch_rank < largest:
+        return []
+    return [
+        f"--max-patch-rank {request.max_patch_rank} truncates nothing: no matrix has more than "
+        f"{largest} directions"
+    ]
+
+
+def check_count(method: Method, matching: Matching, finetuned: Checkpoint) -> list[str]:
+    """Say where a fixed number of matrices to select is all of them."""
+    fixed = method.fixed_count()
+    if fixed is None:
+        return []
+    (name, count), there = fixed, len(_smaller_sides(matching, finetuned))
+    if count <= there:
+        return []
+    return [f"{name} = {count}: there are only {there} matrices, all are selected"]
+
+
+def _smaller_sides(matching: Matching, finetuned: Checkpoint) -> dict[str, int]:
+    """The largest rank that every matrix to edit can have, by key."""
+    return {
+        slot.key: min(slot_shape(finetuned.tensors[slot.tensor].shape, slot))
+        for pair in matching.pairs
+        if pair.action == "edit" and len(finetuned.tensors[pair.role.name].shape) >= 2
+        for slot in pair.slots
+    }
 
 
 def check_offload(request: RepairRequest, method: Method) -> list[str]:
