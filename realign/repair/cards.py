@@ -9,10 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from realign.repair.method import Method
+from realign.repair.needs import ANCHORS, in_words, needs_of, option_of
 from realign.repair.parameters import Parameter, Value
 from realign.repair.registry import METHODS
 from realign.repair.request import ROLE_OPTIONS
-from realign.repair.texts import OPTIONS
 
 VECTOR_WORDS = {
     "base": "aligned - base",
@@ -54,7 +54,7 @@ def render_card(method: type[Method]) -> str:
         blocks.append("## Known defects of public code that we avoid\n\n" + _bullets(card.defects))
     if card.cautions:
         blocks.append("## Cautions\n\n" + _bullets(card.cautions))
-    blocks.append("What it does in the laboratory: [results](../results.md).")
+    blocks.append("What it does in the laboratory: [the leaderboard](../leaderboard.md).")
     return "\n\n".join(blocks) + "\n"
 
 
@@ -95,8 +95,10 @@ def _facts(method: type[Method]) -> str:
     strength = "any t >= 0"
     if method.max_strength < float("inf"):
         strength = f"t in [0, {method.max_strength:g}]"
+    needs = ", ".join(map(in_words, needs_of(method))) or "nothing beside the fine-tune"
     rows = [
         ("inputs", card.inputs),
+        ("needs at its defaults", needs),
         ("safety vector of the source", VECTOR_WORDS[method.paper_vector]),
         ("touches", f"{card.touches} (scope `{method.default_scope}`)"),
         ("edit", card.edit_kind),
@@ -117,15 +119,10 @@ def _parameter_table(parameters: Iterable[Parameter]) -> str:
 
 
 def _options(method: type[Method]) -> list[str]:
-    """What the method is run with: its checkpoints and texts; anchors stand in for safe texts."""
-    roles = set[str](method.needs)
-    if method.paper_vector is not None:
-        roles |= {"aligned", method.paper_vector}
-    models = [
-        f"{ROLE_OPTIONS[role]} {'ALIGNED' if role == 'aligned' else 'MODEL'}"
-        for role in sorted(roles)
-    ]
-    return [*models, *(f"{OPTIONS[data]} FILE" for data in sorted(method.data - {"safe"}))]
+    """What the method is run with: the usual one of each need; anchors are at hand."""
+    usual = [need[0] for need in needs_of(method) if need[0] != ANCHORS]
+    values = {"aligned": "ALIGNED", **dict.fromkeys(ROLE_OPTIONS.keys() - {"aligned"}, "MODEL")}
+    return [f"{option_of(word)} {values.get(word, 'FILE')}" for word in usual]
 
 
 def _spell(value: Value) -> str:

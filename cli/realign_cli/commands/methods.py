@@ -51,11 +51,12 @@ def methods(
 
 def _facts(method: type[Method]) -> dict[str, Any]:
     from realign.repair.cards import edit_word
+    from realign.repair.needs import needs_of
 
     return {
         "name": method.name,
         "paper": paper_of(method),
-        "needs": sorted(method.needs),
+        "needs": [list(each) for each in needs_of(method)],
         "data": sorted(method.data),
         "edit": edit_word(method),
         "cost": method.cost_class,
@@ -84,6 +85,7 @@ def _list(classes: list[type[Method]]) -> tuple[RenderableType, ...]:
     from rich.text import Text
 
     from realign.repair.cards import edit_word
+    from realign.repair.needs import in_words, needs_of
 
     indent = max(len(each.name) for each in classes) + 2
     parts: list[RenderableType] = []
@@ -91,7 +93,7 @@ def _list(classes: list[type[Method]]) -> tuple[RenderableType, ...]:
         count = len(each.card.deviations)
         deviations = "no deviations" if not count else f"{count} deviation{'s'[: count > 1]}"
         facts = f"{paper_of(each):12}{each.cost_class:15}{edit_word(each):19}{deviations}"
-        needs = ", ".join(needs_in_words(each)) or "nothing beside the fine-tune"
+        needs = ", ".join(map(in_words, needs_of(each))) or "nothing beside the fine-tune"
         below = (0, 0, 1, indent)
         parts += [
             Text.assemble((f"{each.name:{indent}}", "bold"), (facts, "dim")),
@@ -105,18 +107,6 @@ def paper_of(method: type[Method]) -> str:
     found = re.search(r"\d{4}\.\d{4,5}", method.card.source)
     ours = method.card.source.startswith("ours")
     return "ours" if ours or found is None else found.group()
-
-
-def needs_in_words(method: type[Method]) -> list[str]:
-    """Return what must be given beside the fine-tune: checkpoints, then texts."""
-    vector = {"aligned"} if method.paper_vector is not None else set[str]()
-    needs: list[str] = sorted(vector | method.needs)
-    if method.paper_vector is not None:
-        other = "base" if method.paper_vector == "unaligned" else "unaligned"
-        needs.append(f"{method.paper_vector} (or {other})")
-    if method.needs_anchors:
-        needs.append("anchors")
-    return [*needs, *(f"{data} data" for data in sorted(method.data))]
 
 
 def _card(method: type[Method]) -> tuple[RenderableType, ...]:

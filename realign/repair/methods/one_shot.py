@@ -58,6 +58,7 @@ class OneShot(Method):
     name: ClassVar[str] = "one_shot"
     card: ClassVar[Card] = CARD
     needs = frozenset()
+    data: ClassVar[frozenset[Data]] = frozenset({"safe"})
     cost_class = "gradients"
     trains = True
 
