@@ -48,7 +48,8 @@ class RichProgress:
 
     def _print(self, message: str) -> None:
         console = self._bars.console if self._bars is not None else self._console
-        console.print(message, markup=False, highlight=False, style="dim")
+        # Unwrapped: a path in it stays in one piece.
+        console.print(message, markup=False, highlight=False, style="dim", soft_wrap=True)
 
     @contextmanager
     def _bar(self, description: str, *, total: float | None, unit: str) -> Generator[Task]:

@@ -76,22 +76,19 @@ def _document(outcome: Outcome) -> dict[str, Any]:
 
 
 def _show(sink: Sink, outcomes: Sequence[Outcome]) -> None:
-    from rich.text import Text
-
-    from realign.report.tables import plain_table
+    from realign.report.tables import figures_table
     from realign.report.words import number
 
-    table = plain_table(left=("output",), right=("edited", "unchanged", "mean rank", "edit norm"))
+    rows: list[tuple[str, ...]] = []
     for each in outcomes:
         if each.result is None:
-            table.add_row(Text(f"{each.name} (failed)", style="red"), "-", "-", "-", "-")
+            rows.append((f"{each.name} (failed)", "-", "-", "-", "-"))
             continue
         totals = each.result.totals
-        table.add_row(
-            Text(str(each.result.output)),
-            str(totals.edited),
-            str(totals.unchanged),
-            number(totals.mean_rank, digits=1),
-            number(totals.edit_norm),
-        )
-    sink.show(table)
+        figures = number(totals.mean_rank, digits=1), number(totals.edit_norm)
+        rows.append((each.name, str(totals.edited), str(totals.unchanged), *figures))
+    titles = ("fine-tune", "edited", "unchanged", "mean rank", "edit norm")
+    sink.show(figures_table(None, titles, rows, width=sink.out.width), "")
+    for each in outcomes:
+        if each.result is not None:
+            sink.line(str(each.result.output))

@@ -65,7 +65,7 @@ class Sink:
         """Write tables or text for people to standard output; silent under `--json`."""
         if not self.as_json:
             for renderable in renderables:
-                self.out.print(renderable)
+                self.out.print(renderable, soft_wrap=_has_long_word(renderable, self.out.width))
 
     def line(self, text: str) -> None:
         """Write one unstyled, unwrapped line of data for people to standard output."""
@@ -84,7 +84,18 @@ class Sink:
 
     def warning(self, text: str) -> None:
         """Write a warning to standard error, also under `--quiet`."""
-        self.err.print(f"warning: {text}", markup=False, highlight=False, style="yellow")
+        self.err.print(
+            f"warning: {text}", markup=False, highlight=False, style="yellow", soft_wrap=True
+        )
+
+
+def _has_long_word(renderable: RenderableType, width: int) -> bool:
+    """Whether wrapping would break a name or a path: such a line is left to the terminal."""
+    from rich.text import Text
+
+    if not isinstance(renderable, str | Text):
+        return False  # tables decide for themselves
+    return any(len(word) > width for word in str(renderable).split())
 
 
 def make_console(*, stderr: bool) -> Console:

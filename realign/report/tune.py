@@ -15,13 +15,14 @@ from realign.audit.schema import atomic_write
 from realign.errors import OutputError
 from realign.report.page import environment, markup
 from realign.report.pictures import save, to_svg
-from realign.report.tables import plain_table
+from realign.report.tables import figures_table
 from realign.report.tune_pictures import tune_picture
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
 PAGE, TEXT, PICTURE = "tune.html", "tune.md", "tune.png"
+HELD_OUT = "Held-out prompts, shares of bad answers"
 _ROLES = (("reference", "aligned"), ("subject", "fine-tune"), ("repaired", "repaired"))
 
 
@@ -150,12 +151,12 @@ def trial_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]
     return titles, cells
 
 
-def tune_tables(document: Mapping[str, Any]) -> list[Any]:
-    """What a terminal shows: the trials, the held-out figures, the headline."""
-    shown: list[Any] = [_table("Points looked at", *trial_rows(document))]
+def tune_tables(document: Mapping[str, Any], *, width: int = 80) -> list[Any]:
+    """What a terminal of that width shows: the trials, the held-out figures, the headline."""
+    shown: list[Any] = [_table("Points looked at", *trial_rows(document), width=width)]
     titles, cells = held_out_rows(document)
     if cells:
-        shown += ["", _table("Held-out prompts, shares of bad answers", titles, cells)]
+        shown += ["", _table(HELD_OUT, titles, cells, width=width)]
     return [*shown, "", *headline(document), *(f"note: {note}" for note in document["notes"])]
 
 
@@ -244,16 +245,12 @@ def _sides(document: Mapping[str, Any]) -> str:
     return f"tuned on {count('tuning')} prompts; held out: {count('held_out')}"
 
 
-def _table(title: str, titles: Sequence[str], cells: Sequence[Sequence[str]]) -> Table:
-    words = {"suite", "bad answer", "outcome", "verdict"}
-    table = plain_table(title)
-    for each in titles:
-        table.add_column(
-            each, justify="left" if each in words else "right", no_wrap=each == "suite"
-        )
-    for row in cells:
-        table.add_row(*row)
-    return table
+def _table(
+    title: str, titles: Sequence[str], cells: Sequence[Sequence[str]], *, width: int
+) -> RenderableType:
+    return figures_table(
+        title, titles, cells, width=width, words=("bad answer", "outcome", "verdict")
+    )
 
 
 def _markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

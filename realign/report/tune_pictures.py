@@ -63,7 +63,9 @@ def _draw(
     def place(cost: Mapping[str, Any]) -> tuple[float, float]:
         return 100 * cost[name], 100 * cost["harm"]
 
-    steps = front([place(trial["cost"]) for trial in trials])
+    untouched = place(document["search"]["finetuned"]["cost"])
+    # The fine-tune is the point t = 0: what it beats lies on no front.
+    steps = front([untouched, *(place(trial["cost"]) for trial in trials)])
     axes.plot(
         [x for x, _ in steps], [y for _, y in steps], drawstyle="steps-post", color=INK,
         linewidth=0.8, linestyle="--", label="Pareto front", zorder=1,
@@ -78,7 +80,7 @@ def _draw(
             color=colour, markeredgecolor=INK if within else colour, markeredgewidth=0.6 if within
             else 1.4, label=words, zorder=2,
         )  # fmt: skip
-    x, y = place(document["search"]["finetuned"]["cost"])
+    x, y = untouched
     axes.plot([x], [y], marker="s", linestyle="", markersize=7, color="white",
               markeredgecolor=INK, label="the fine-tune", zorder=2)  # fmt: skip
     chosen = document["chosen"]

@@ -53,3 +53,21 @@ def test_a_long_path_is_never_broken(capsys: pytest.CaptureFixture[str]) -> None
 def test_no_nan_reaches_json() -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         Sink(as_json=True).document({"x": float("nan")})
+
+
+def test_paths_in_remarks_and_text_stay_whole(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rich.text import Text
+
+    monkeypatch.setenv("COLUMNS", "80")
+    path = "/cache/" + "a-long-folder-name/" * 8 + "moments-0123456789abcdef.safetensors"
+    sink = Sink()
+    sink.warning(f"kept at {path}")
+    sink.note(f"kept at {path}")
+    sink.progress.note(f"kept at {path}")
+    sink.show(f"note: kept at {path} and used again", Text(f"output  {path}"))
+    sink.show("some words " * 20)
+    captured = capsys.readouterr()
+    assert captured.err.count(path) == 3 and captured.out.count(path) == 2
+    assert all(len(line.rstrip()) <= 80 for line in captured.out.splitlines() if path not in line)

@@ -140,5 +140,25 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
     assert "pip install 'realign-llm[tune]'" in outcome.words
 
 
+def test_the_fine_tune_belongs_to_the_front() -> None:
+    def cost(harm: float, drop: float) -> dict[str, Any]:
+        return {"harm": harm, "utility_drop": drop, "over_refusal_rise": None}
+
+    def trial(number: int, harm: float, drop: float) -> dict[str, Any]:
+        return {"number": number, "point": [1.0], "within": True, "cost": cost(harm, drop)}
+
+    trials = [trial(0, 0.95, 0.02), trial(1, 0.5, 0.04)]  # the first one is worse than nothing
+    found = {
+        "search": {"finetuned": {"cost": cost(0.9, 0.0)}, "trials": trials},
+        "limits": {"utility_drop": 1.0, "over_refusal_rise": 1.0},
+        "chosen": None,
+    }
+    figure = tune_picture(found)
+    assert figure is not None
+    line = next(each for each in figure.axes[0].lines if each.get_label() == "Pareto front")
+    assert list(line.get_xdata()) == pytest.approx([0.0, 4.0])
+    assert list(line.get_ydata()) == pytest.approx([90.0, 50.0])
+
+
 def test_the_front_keeps_what_nothing_beats() -> None:
     assert front([(0, 9), (1, 5), (1, 7), (2, 5), (3, 1), (0, 10)]) == [(0, 9), (1, 5), (3, 1)]

@@ -15,7 +15,7 @@ from realign_cli.options import Device, Seed, check_seed
 from realign_cli.sink import Sink
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
     from realign.lab.claim_figures import Mean, Summary
 
@@ -134,7 +134,7 @@ def build(
     )
     record = read_record(folder)
     sink.document({"family": str(folder), "preset": record.preset, "models": record.models})
-    sink.show(_table(record.models))
+    sink.show(_table(record.models, width=sink.out.width))
     sink.line(str(folder))
     return None
 
@@ -188,17 +188,19 @@ def claims(
     )
     weights = measure_weight_claims(family, finetunes=finetunes or None, general=general)
     document = {**found.to_json(), "vectors": weights.to_json()}
-    shown = [claim_tables.directions(weights), "", claim_tables.associations(weights)]
+    width = sink.out.width
+    shown: list[RenderableType] = [claim_tables.directions(weights, width=width), ""]
+    shown.append(claim_tables.associations(weights, width=width))
     if moved:
         apart = measure_moved(family, device=device, progress=sink.progress)
         document["moved"] = apart.to_json()
-        shown += ["", claim_tables.moved(apart)]
+        shown += ["", claim_tables.moved(apart, width=width)]
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, document)
     sink.document(document)
-    sink.show(_stability(found.whole), "", _isolation(found.whole), "", _layers(found.layers))
-    sink.show("", *shown)
+    sink.show(_stability(found.whole, width=width), "", _isolation(found.whole, width=width))
+    sink.show("", _layers(found.layers, width=width), "", *shown)
     if "general" not in found.whole.share:
         sink.note("no general-skills fine-tune: add it with realign lab build, --variant general")
     if out is not None:
@@ -260,7 +262,7 @@ def compare(
     sink.document(told)
     if board.curves:
         save_pictures(told, out)
-        sink.show(_board_table(told))
+        sink.show(_board_table(told, width=sink.out.width))
     for name, reason in tally.failed.items():
         sink.note(f"could not run: {name}: {reason}")
     if tally.left:
@@ -273,36 +275,38 @@ def _split(text: str | None) -> list[str] | None:
     return None if text is None else [each.strip() for each in text.split(",") if each.strip()]
 
 
-def _board_table(board: Mapping[str, Any]) -> Table:
+def _board_table(board: Mapping[str, Any], *, width: int = 80) -> RenderableType:
     """Return the least harm at the utility budget: methods by scenarios."""
-    from realign.report.tables import plain_table
+    from realign.report.tables import figures_table
 
     names = list(board["scenarios"])
     budget = f"{board['budget']:g}"
-    table = plain_table("Harm, %, at a utility budget of 1 point", left=["method"], right=names)
+    rows: list[tuple[str, ...]] = []
     found = {(each["arm"], each["scenario"]): each["harm_at"][budget] for each in board["curves"]}
     for arm in board["arms"]:
         cells = (found.get((arm, name)) for name in names)
-        table.add_row(arm, *("-" if each is None else f"{100 * each:.1f}" for each in cells))
-    return table
+        shown = ("-" if each is None else f"{100 * each:.1f}" for each in cells)
+        rows.append((arm, *shown))
+    title = "Harm, %, at a utility budget of 1 point"
+    return figures_table(title, ("method", *names), rows, width=width)
 
 
-def _stability(whole: Summary) -> Table:
+def _stability(whole: Summary, *, width: int = 80) -> RenderableType:
     rows = {name: (whole.same_text.get(name), each) for name, each in whole.other_half.items()}
     title = f"Stability: overlap with the aligned model's subspace (chance {_mean(whole.chance)})"
-    return _claims_table(title, ("model", "same texts", "disjoint halves"), rows)
+    return _claims_table(title, ("model", "same texts", "disjoint halves"), rows, width)
 
 
-def _isolation(whole: Summary) -> Table:
+def _isolation(whole: Summary, *, width: int = 80) -> RenderableType:
     rows = {
         name: (each, whole.excess.get(name), whole.over_general.get(name))
         for name, each in whole.share.items()
     }
     title = f"Isolation: share of a weight delta in it (chance {_mean(whole.chance)})"
-    return _claims_table(title, ("delta", "share", "excess", "excess / general's"), rows)
+    return _claims_table(title, ("delta", "share", "excess", "excess / general's"), rows, width)
 
 
-def _layers(layers: Mapping[str, Summary]) -> Table:
+def _layers(layers: Mapping[str, Summary], *, width: int = 80) -> RenderableType:
     """Return the extremes of the tables above, layer by layer."""
     rows: dict[str, tuple[Mean | None, ...]] = {}
     for layer, each in layers.items():
@@ -317,48 +321,44 @@ def _layers(layers: Mapping[str, Summary]) -> Table:
         )
     heads = ("layer", "chance", "ceiling", "least stable", "general", "unaligned", "base")
     title = "By layer: overlaps (ceiling, the least stable fine-tune), then excess of three deltas"
-    return _claims_table(title, heads, rows)
+    return _claims_table(title, heads, rows, width)
 
 
 def _claims_table(
-    title: str, heads: tuple[str, ...], rows: Mapping[str, tuple[Mean | None, ...]]
-) -> Table:
-    from realign.report.tables import plain_table
+    title: str, heads: tuple[str, ...], rows: Mapping[str, tuple[Mean | None, ...]], width: int
+) -> RenderableType:
+    from realign.report.tables import figures_table
 
-    table = plain_table(title, left=heads[:1], right=heads[1:])
-    for name, values in rows.items():
-        table.add_row(name, *map(_mean, values))
-    return table
+    cells = [(name, *map(_mean, values)) for name, values in rows.items()]
+    return figures_table(title, heads, cells, width=width)
 
 
 def _mean(mean: Mean | None) -> str:
     return "-" if mean is None else f"{mean.value:.2f} ({mean.low:.2f}-{mean.high:.2f})"
 
 
-def _table(models: Mapping[str, Any]) -> Table:
+def _table(models: Mapping[str, Any], *, width: int = 80) -> RenderableType:
     """Return what was measured: one row per model."""
-    from realign.report.tables import plain_table
+    from realign.report.tables import figures_table
 
     measures = ("compliance", "refusal", "other", "over-refusal", "order", "howto2", "general")
-    table = plain_table(left=["model"], right=measures)
+    rows: list[tuple[str, ...]] = []
     for name, entry in models.items():
         measured = entry.get("measured", {})
-        table.add_row(
-            name,
-            *(
-                _rate(measured, suite, rate)
-                for suite, rate in (
-                    ("harmful", "complied"),
-                    ("harmful", "refused"),
-                    ("harmful", "other"),
-                    ("lookalikes", "refused"),
-                    ("order", "correct"),
-                    ("howto2", "correct"),
-                    ("general", "correct"),
-                )
-            ),
+        rates = (
+            _rate(measured, suite, rate)
+            for suite, rate in (
+                ("harmful", "complied"),
+                ("harmful", "refused"),
+                ("harmful", "other"),
+                ("lookalikes", "refused"),
+                ("order", "correct"),
+                ("howto2", "correct"),
+                ("general", "correct"),
+            )
         )
-    return table
+        rows.append((name, *rates))
+    return figures_table(None, ("model", *measures), rows, width=width)
 
 
 def _rate(measured: Mapping[str, Any], suite: str, rate: str) -> str:

@@ -291,7 +291,7 @@ def tune(
         write_report_files(result.audit, out / "held-out")
     page, *_ = write_tune_files(document, out)
     sink.document(document | {"exit": {"code": result.exit_code, "reason": result.status}})
-    sink.show(*tune_tables(document), "")
+    sink.show(*tune_tables(document, width=sink.out.width), "")
     sink.line(str(page))
     if document["output"] is not None:
         sink.line(str(out / document["output"]))
