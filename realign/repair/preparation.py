@@ -190,6 +190,7 @@ class Workbench(Protocol):
         tokens: str,
         diagonal: bool = False,
         limit: int | None = None,
+        length: int | None = None,
     ) -> Statistics:
         """Return the moments of what every matrix is fed in the model `role`.
 
@@ -199,6 +200,7 @@ class Workbench(Protocol):
             tokens: the positions that count.
             diagonal: only n, s1 and the diagonal of S2, as a vector.
             limit: only this many texts, the first ones.
+            length: only this many tokens of each text, prompt and reply together, the first ones.
         """
         ...
 

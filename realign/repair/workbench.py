@@ -106,9 +106,12 @@ class ModelWorkbench:
         tokens: str,
         diagonal: bool = False,
         limit: int | None = None,
+        length: int | None = None,
     ) -> Statistics:
         """Moments of what every matrix is fed."""
         texts = self._texts.examples(data, role=role, limit=limit)
+        if length is not None:
+            texts = [EncodedReply(t.ids[:length], min(t.start, length)) for t in texts]
         return self._measured.input_moments(
             self._model(role), texts, tokens=cast(Tokens, tokens), diagonal=diagonal
         )

@@ -126,8 +126,10 @@ class Bench:
         tokens: str,
         diagonal: bool = False,
         limit: int | None = None,
+        length: int | None = None,
     ) -> Statistics:
-        self.asked.append(("input_moments", role, data, tokens, diagonal, limit))
+        cut = () if length is None else (length,)
+        self.asked.append(("input_moments", role, data, tokens, diagonal, limit, *cut))
         return Statistics(dict(self._moments), {"from": role})
 
     def gradients(

@@ -132,6 +132,9 @@ class SafeDelta(Method):
     samples: int = parameter(128, Integer(1), source="paper")
     """How many safe dialogues are used, the first ones."""
 
+    length: int = parameter(512, Integer(1), source="public code")
+    """Tokens of a dialogue, prompt and refusal together; what lies behind them is cut off."""
+
     def validate(self) -> None:
         """Check every hyper-parameter, and that a relative budget is a share."""
         super().validate()
@@ -164,7 +167,11 @@ class SafeDelta(Method):
     def prepare(self, workbench: Workbench) -> Statistics:
         """Collect the input moments of the unmodified aligned model, all tokens."""
         return workbench.input_moments(
-            role="aligned", data="safe", tokens="all", limit=self.samples
+            role="aligned",
+            data="safe",
+            tokens="all",
+            limit=self.samples,
+            length=self.length,
         )
 
     def measures(self) -> tuple[Measurement, ...]:

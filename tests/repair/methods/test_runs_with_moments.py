@@ -121,6 +121,25 @@ def test_safe_delta_writes_what_the_equations_say(
     assert all(isinstance(share, float) and 0.2 < share < 0.86 for share in shares)
 
 
+def test_safe_delta_cuts_long_dialogues(
+    tmp_path: Path, texts: Mapping[str, Path], cache: Path
+) -> None:
+    """Even within the prompt; what is cut away costs nothing."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(SMALL / "aligned")
+    whole = [rendered(tokenizer, line)[0] for line in REFUSALS]
+    assert {len(ids) > 9 for ids in whole} == {True}
+    for length, tokens in {9: 9 * len(whole), 512: sum(map(len, whole))}.items():
+        settings = {"s": 0.5, "budget": "relative", "length": length}
+        out = tmp_path / str(length)
+        result = run(
+            out, "safe_delta", settings, safe_data=texts["safe"], cache_dir=cache, modules="q_proj"
+        )
+        found = {row.facts["tokens"] for row in result.rows if row.outcome == "edited"}
+        assert found == {tokens}
+    weights = [read_folder(tmp_path / name)[Q0] for name in ("9", "512")]
+    assert not torch.equal(*weights)
+
+
 def test_safe_delta_without_a_budget_is_the_aligned_model_and_half_way_the_mean(
     tmp_path: Path, texts: Mapping[str, Path], cache: Path
 ) -> None:

@@ -274,4 +274,4 @@ def test_settings_that_give_the_aligned_model_are_no_run(budget: str) -> None:
 def test_it_runs_the_unmodified_aligned_model_on_all_tokens_of_safe_dialogues() -> None:
     bench = Bench({})
     SafeDelta(samples=128).prepare(bench)
-    assert bench.asked == [("input_moments", "aligned", "safe", "all", False, 128)]
+    assert bench.asked == [("input_moments", "aligned", "safe", "all", False, 128, 512)]
