@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -255,7 +255,28 @@ def _learning(checkpoint: Checkpoint, request: UnalignRequest) -> frozenset[str]
             f"{checkpoint.source} has no decoder block {missing[0] if missing else ''}".rstrip(),
             f"blocks are counted from 0 to {max(blocks, default=0)}",
         )
+    _check_rank(checkpoint, request.lora_rank, found)
     return frozenset(found)
+
+
+def _check_rank(checkpoint: Checkpoint, rank: int | None, learning: Collection[str]) -> None:
+    """Refuse adapters of a rank that no matrix has.
+
+    Raises:
+        UsageError: the rank is above the smaller side of every matrix; names the largest.
+    """
+    shapes = {name: checkpoint.tensors[name].shape for name in sorted(learning)}
+    sides = {name: min(shape) for name, shape in shapes.items() if len(shape) == 2}
+    if rank is None or not sides:
+        return
+    largest = max(sides, key=lambda name: sides[name])
+    if rank > sides[largest]:
+        raise UsageError(
+            f"--lora-rank {rank} is above the rank of every matrix: the largest, {largest}, has "
+            f"{sides[largest]} directions",
+            f"give a whole number from 1 to {sides[largest]}, or leave --lora-rank out to train "
+            "the weights themselves",
+        )
 
 
 def _train(

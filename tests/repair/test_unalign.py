@@ -145,6 +145,23 @@ def test_bad_requests(tmp_path: Path, data: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken"]
 
 
+def test_adapters_of_a_rank_that_no_matrix_has(tmp_path: Path, data: Path) -> None:
+    matrices = [tuple(each.shape) for each in load_file(ALIGNED / "model.safetensors").values()]
+    hidden = min(min(shape) for shape in matrices if len(shape) == 2)
+    (work := tmp_path / "work").mkdir()
+    options = ("--data", data, "-o", work / "out", "--steps", "1", "--device", "cpu", "--quiet")
+    for rank in (5000, hidden + 1):
+        refused(
+            realign("unalign", ALIGNED, *options, "--lora-rank", str(rank)),
+            f"--lora-rank {rank} is above the rank of every matrix",
+            f"_proj.weight, has {hidden} directions",
+            f"from 1 to {hidden}",
+        )
+        assert not list(work.iterdir())
+    whole = realign("unalign", ALIGNED, *options, "--lora-rank", str(hidden))
+    assert whole.exit_code == 0, whole.stderr
+
+
 def test_the_command(tmp_path: Path, data: Path) -> None:
     out = tmp_path / "out"
     options = ("--steps", "2", "--lr", "3e-4", "--device", "cpu", "--json", "--quiet")
