@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,70 @@ def test_rows_without_a_reply_are_answered_by_the_role_once(tmp_path: Path) -> N
     cached[0].write_text("[]")
     repaired, notes = workbench(tmp_path, ask, keep_data=data)
     assert repaired[0] == tuned and any(line.startswith("asked again") for line in notes.lines)
+
+
+def test_only_so_many_rows_are_answered_as_are_used(tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "task.jsonl", [{"prompt": r["prompt"]} for r in rows("keep", 12)])
+    options: dict[str, Any] = {
+        "method": "irr",
+        "settings": {"nsamples": 2},
+        "unaligned": TINY / "base",
+        "task_data": data,
+    }
+
+    def measure(bench: ModelWorkbench) -> Any:
+        bench.input_moments(role="finetuned", data="task", tokens="all", limit=2)
+        return bench._texts.examples("task", role="finetuned", limit=2)
+
+    first, notes = workbench(tmp_path, measure, **options)
+    assert len(first) == 2
+    (told,) = (line for line in notes.lines if "answers" in line)
+    assert told.endswith("howto2_p5 answers 2 prompts that have no reply")
+    (file,) = (tmp_path / "cache").glob("answers-*.json")
+    assert len(json.loads(file.read_text())) == 2
+    whole, _ = workbench(
+        tmp_path, lambda bench: bench.examples("task", role="finetuned"), **options
+    )
+    assert len(whole) == 12 and tuple(whole[:2]) == tuple(first)
+
+
+def test_a_prompt_without_room_for_an_answer_is_left_out(tmp_path: Path) -> None:
+    prompts = [" ".join(["safe"] * 300), *(row["prompt"] for row in rows("keep", 3))]
+    texts = [{"prompt": prompt} for prompt in prompts]
+    data = write_rows(tmp_path / "keep.jsonl", texts)
+
+    def ask(bench: ModelWorkbench) -> Any:
+        return bench._texts.examples("keep", role="finetuned", limit=2)
+
+    found, notes = workbench(tmp_path, ask, keep_data=data)
+    assert len(found) == 2
+    assert any("1 of 3 rows have no reply within 256 tokens" in line for line in notes.lines)
+    assert any("answers 2 prompts" in line for line in notes.lines)
+    alone = write_rows(tmp_path / "long.jsonl", texts[:1])
+    with pytest.raises(SuiteError, match="no row of --keep-data"):
+        workbench(tmp_path, ask, keep_data=alone)
+
+
+def test_refusals_that_were_cut_have_no_end(tmp_path: Path) -> None:
+    """Taught to a model, the end of a turn in mid-sentence would stay with it."""
+    lines = (TINY / "suites" / "anchors.jsonl").read_text("utf-8").splitlines()[:24]
+    keep = write_rows(tmp_path / "keep.jsonl", rows("order", 1))
+
+    def ask(bench: ModelWorkbench) -> Any:
+        return [bench.examples("safe", role=role) for role in ("aligned", "finetuned")]
+
+    header, *items = lines
+    for length in (3, 60):
+        anchors = tmp_path / f"anchors{length}.jsonl"
+        limited = json.dumps({**json.loads(header), "max_new_tokens": length})
+        anchors.write_text("\n".join([limited, *items]), "utf-8")
+        for _ in range(2):  # made, and from the cache
+            found, _ = workbench(tmp_path, ask, keep_data=keep, anchors=anchors)
+            with load_model(TINY / "aligned", device="cpu") as loaded:
+                stops = loaded.stop_ids
+            for each in (reply for replies in found for reply in replies):
+                assert (each.ids[-1] in stops) == (length == 60)
+                assert length == 60 or len(each.reply_ids) == 3
 
 
 def test_safe_falls_back_on_the_aligned_models_refusals(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.training_support import (
     DRIFTED,
     TINY,
@@ -18,7 +20,7 @@ from support.training_support import (
     write_rows,
 )
 
-from realign.errors import EmptyEditError, UsageError
+from realign.errors import EmptyEditError, NonFiniteError, UsageError
 from realign.model.chat import EncodedReply
 from realign.repair.edit import Dense, Layer, LowRank, Unchanged
 from realign.repair.method import Given
@@ -88,14 +90,43 @@ def test_the_line_search_falls_or_leaves_the_weights(running: LiveModel) -> None
     assert gradient is not None
     left, right = leading_part(gradient, 5)
     running.clear_gradients()
-    uphill = {key: (-1e-3 * left / left.norm(), right)}
-    eta, after = line_search(running, uphill, example, loss=loss)
-    if eta == 0.0:
+    for never in (-float("inf"), loss - 1e3):  # no step can fall below
+        assert line_search(running, {key: (left, right)}, example, loss=never) == (0.0, never)
         assert torch.equal(running.weight(key), before)
     eta, after = line_search(running, {key: (left, right)}, example, loss=loss)
     assert after < loss and eta > 0
     assert torch.allclose(running.weight(key), before - eta * (left @ right), atol=1e-6)
     running.weight(key).copy_(before)
+
+
+def test_a_fall_within_rounding_is_none(running: LiveModel) -> None:
+    (example,) = encoded(running, refusals(1))
+    key = running.keys[0]
+    before = running.weight(key).clone()
+    nowhere = {key: (torch.zeros(before.shape[0], 1), torch.zeros(1, before.shape[1]))}
+    with torch.no_grad():
+        loss = float(reply_loss(running, [example]))
+    above = loss + 0.5e-6 * max(1.0, loss)
+    assert line_search(running, nowhere, example, loss=above) == (0.0, above)
+    above = loss + 4e-6 * max(1.0, loss)
+    assert line_search(running, nowhere, example, loss=above) == (1.0, pytest.approx(loss))
+
+
+def broken(folder: Path) -> Path:
+    """The drifted model with a norm, which no repair edits, that is not a number."""
+    shutil.copytree(DRIFTED, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["projected", "sft"])
+def test_a_loss_that_is_no_number_is_told(tmp_path: Path, data: Path, mode: str) -> None:
+    options = {"finetuned": broken(tmp_path / "broken"), "safe_data": data, "aligned": None}
+    with pytest.raises(NonFiniteError, match="the loss on the refusal is nan"):
+        repair_tiny("one_shot", tmp_path / "out", settings={"mode": mode}, **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_edit_reads_what_was_prepared() -> None:

@@ -157,6 +157,13 @@ def test_the_over_safety_patch_is_never_kept(tmp_path: Path, data: Path) -> None
     assert len(list((tmp_path / "cache-plain").glob("safe-patching*"))) == 1
 
 
+def test_with_both_patches_the_same_seed_gives_the_same_bytes(tmp_path: Path, data: Path) -> None:
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        patched(tmp_path / name, data, steps=2, beta=0.5, seed=seed)
+    one, two, other = (weights_of(tmp_path / name) for name in ("one", "two", "other"))
+    assert one == two and one != other
+
+
 def test_evaluation_on_the_harmful_data_is_refused(tmp_path: Path, data: Path) -> None:
     with pytest.raises(SuiteError, match="shares 12 prompts with the suite harmful"):
         repair_tiny(
