@@ -185,6 +185,12 @@ def remarks(rows: Sequence[TensorRow]) -> tuple[str, ...]:
         "the budget does not bind; budget=relative scales with the size of the fine-tune",
     )
     remark(
+        [row.key for row in rows if (row.relative_norm or 0.0) > 1.0],
+        f"have an edit larger than the weights it edits, up to "
+        f"{max([row.relative_norm or 0.0 for row in rows], default=0.0):.3g} times their norm",
+        "little of the fine-tune is left there; check --strength and the method's settings",
+    )
+    remark(
         [row.key for row in rows if row.facts.get("pruned_more")],
         "lose more than twice the share of a row that was asked for",
         "rows of an adapter's factors are short, and at least one entry of each is pruned",

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoint_support import raw_safetensors
-from support.cli_support import damaged, model
+from support.cli_support import damaged, family_options, model, realign
 from support.refusal_support import repair, untouched
 
 WEIGHTS = "model.safetensors"
@@ -33,6 +33,23 @@ def test_what_is_only_unusual_is_printed_in_the_plan(tmp_path: Path) -> None:
     assert isinstance(notes, list)
     for rule in ("RA009", "RA027"):
         assert [note for note in notes if note.startswith(f"{rule}: {copy}")], notes
+
+
+@pytest.mark.parametrize("options", [[], ["--patch"]])
+def test_an_edit_larger_than_the_weights_is_remarked_on(tmp_path: Path, options: list[str]) -> None:
+    """`lox` adds to the weights whatever the strength; 8 times its edit is within bounds here."""
+    command = ["repair", model(), *family_options(), "--method", "lox", "--device", "cpu"]
+    said = "have an edit larger than the weights it edits, up to"
+    for strength, remarked in (("1e9", 14), ("8", 0)):
+        out = tmp_path / strength
+        result = realign(*command, *options, "--strength", strength, "-o", out)
+        assert result.exit_code == 0, result.stderr
+        rows = json.loads((out / "realign.json").read_text("utf-8"))["tensors"]
+        ratios = [row["relative_norm"] or 0.0 for row in rows]
+        assert sum(ratio > 1.0 for ratio in ratios) == remarked
+        assert (said in result.words) == (remarked > 0)
+        if remarked:
+            assert f"14 of 14 tensors {said} {max(ratios):.3g} times their norm" in result.words
 
 
 def test_code_beside_the_weights_is_copied_and_never_run(tmp_path: Path) -> None:
