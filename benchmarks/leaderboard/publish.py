@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from realign.lab.compare import write_board
@@ -31,6 +32,11 @@ def fill(page: str, tables: dict[str, str]) -> str:
     return page
 
 
+def without(reason: str, folder: Path) -> str:
+    """A reason that names no place on the machine where it was met."""
+    return reason.replace(f"{folder}/", "").replace(f"{folder.resolve()}/", "")
+
+
 def main() -> None:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -38,6 +44,8 @@ def main() -> None:
     parser.add_argument("--docs", type=Path, default=DOCS)
     args = parser.parse_args()
     board = write_board(args.board)
+    failed = {place: without(reason, args.board) for place, reason in board.failed.items()}
+    board = replace(board, failed=failed)
     told = board_json(board)
     page = args.docs / "leaderboard.md"
     filled = fill(page.read_text(encoding="utf-8"), board_page(board))

@@ -94,12 +94,17 @@ def compare(
 
     Raises:
         NotFoundError, OutputError: a folder is no family.
-        UsageError: an unknown method or scenario, no seed, or two families of one name.
+        UsageError: an unknown method or scenario, no seed, no time, or two families of one name.
     """
     arms, chosen = find_arms(methods), find_scenarios(scenarios)
     folders = [Path(family) for family in families]
     if len({folder.name for folder in folders}) < len(folders):
         raise UsageError("two families have the same name", "rename the folder of one")
+    if budget_seconds is not None and not budget_seconds > 0:
+        raise UsageError(
+            f"--budget-seconds {budget_seconds:g} is no time to work in",
+            "give a positive number of seconds, or leave it out",
+        )
     if not seeds or not folders:
         raise UsageError("nothing to compare", "give a family and at least one seed")
     for folder in folders:
@@ -335,11 +340,11 @@ def _harm(marks: Mapping[str, Any]) -> float:
 
 def _given(place: Place, method: Method) -> dict[str, Any]:
     """Checkpoints and texts for a repair: all roles that every family has, the rest as needed."""
-    given: dict[str, Any] = {
-        role: place.role(role)
-        for role in ("aligned", "base", "unaligned")
-        if (place.family / role).is_dir()
-    }
+    given: dict[str, Any] = {role: place.role(role) for role in ("aligned", "base")}
+    # A family without an unaligned model gets one only for what may use it.
+    wanted = getattr(method, "safety_vector", "base") in ("unaligned", "auto")
+    if wanted or (place.family / "unaligned").is_dir():
+        given["unaligned"] = place.role("unaligned")
     if hasattr(method, "safety_model"):
         given["safety"] = place.role("safety")
     return given | {REQUEST_TEXTS[kind]: place.texts[kind] for kind in method.required_data()}
@@ -370,6 +375,7 @@ def write_board(out: str | Path) -> Board:
     cells = read_cells(out)
     names = [each.name for each in find_scenarios({str(cell["scenario"]) for cell in cells})]
     board = build_board(cells, names)
+    Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "leaderboard.json", board_json(board))
     write_text(Path(out) / "leaderboard.md", whole_page(board))
     return board

@@ -61,6 +61,7 @@ def _point_json(point: Point) -> dict[str, Any]:
         "strength": point.strength,
         "usual": point.usual,
         "rates": {name: point.estimate(name).to_json() for name in RATES},
+        "tasks": {name: point.estimate(name).to_json() for name in point.repeats[0].point.tasks},
         "drop": round(drop, 5),
         "over_refusal_rise": round(over, 5),
         "general_drop": round(general, 5),

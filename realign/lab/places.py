@@ -85,7 +85,10 @@ class Place:
         return tuple(dict.fromkeys((*ALWAYS, *self.scenario.tasks)))
 
     def role(self, name: str) -> Path:
-        """A checkpoint of the family by role; the safety model is trained where it is asked for.
+        """A checkpoint of the family by role.
+
+        The safety model is trained where it is asked for, and so is the unaligned one of a family
+        that has none: with the family's own seed it has the bytes that a build would give it.
 
         Raises:
             NotFoundError: the family has none.
@@ -93,6 +96,8 @@ class Place:
         if name == "safety":
             return self.tune("safety", self.record.seed)
         folder = self.family / name
+        if name == "unaligned" and not folder.is_dir():
+            return self.tune("unaligned", self.record.seed)
         if not folder.is_dir():
             raise NotFoundError(
                 f"{self.family}: the family has no {name} model",

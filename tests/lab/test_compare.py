@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_a_finished_cell_is_kept_until_its_range_changes(
     after = json.loads(file.read_text(encoding="utf-8"))
     assert [point["strength"] for point in after["points"]] == [1.0, 0.5]
     assert after["points"][0] == before["points"][0]
-    late = compare.compare([tiny.family], tiny.out, seeds=[1, 2], budget_seconds=-1.0)
+    late = compare.compare([tiny.family], tiny.out, seeds=[1, 2], budget_seconds=1e-9)
     assert (late.done, late.left) == (0, 2)
 
 
@@ -106,6 +107,42 @@ def test_an_impossible_method_is_a_failed_cell_and_is_tried_again(
         assert tally.done == 0 and "rank = -1" in tally.failed["tiny poison5 seed 1, odd"]
     board = compare.write_board(tiny.out)
     assert "rank = -1" in board.failed["odd", "poison5"]
+
+
+def test_a_family_without_an_unaligned_model_gets_one(
+    tiny: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[tuple[str, int, Path]] = []
+
+    def short(family: Path, variant: str, *, seed: int, out: Path, progress: Any) -> Path:
+        made.append((variant, seed, out))  # stands for a training of half a minute
+        shutil.copytree(FIXTURES / "tiny" / "howto2_p5", out)
+        return out
+
+    monkeypatch.setattr(places, "finetune_variant", short)
+    vector = {"gamma": 1.0, "safety_vector": "unaligned"}
+    use(
+        monkeypatch,
+        Arm(name="resta", method="resta", settings=(vector,), dial=(1.0,)),
+        Arm(name="wise", method="wise_ft", settings=({"a": 1.0},), dial=(1.0,)),
+    )
+    tally = compare.compare([tiny.family], tiny.out, seeds=[1])
+    assert (tally.done, tally.failed) == (2, {})
+    kept = tiny.out / "tunes" / "tiny" / f"unaligned-s{tiny.record.seed}"
+    assert made == [("unaligned", tiny.record.seed, kept)]  # once, and not in the family
+    assert not (tiny.family / "unaligned").exists()
+
+
+@pytest.mark.parametrize("seconds", [-3.0, 0.0, float("nan")])
+def test_a_budget_that_is_no_time_is_refused(tiny: Place, seconds: float) -> None:
+    with pytest.raises(UsageError, match="--budget-seconds"):
+        compare.compare([tiny.family], tiny.out / "new", seeds=[1], budget_seconds=seconds)
+    assert not (tiny.out / "new").exists()
+
+
+def test_a_board_of_nothing_is_written(tmp_path: Path) -> None:
+    assert not compare.write_board(tmp_path / "new").curves
+    assert (tmp_path / "new" / "leaderboard.json").is_file()
 
 
 def test_a_repair_that_changes_nothing_is_the_fine_tune(
