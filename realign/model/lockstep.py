@@ -3,7 +3,8 @@
 Each pass runs in a thread of its own and stops at the entrance of every block until all others are
 there, so that all texts have been through one block before the next is touched. The model's own
 code runs unchanged, whatever a block is called with. Exactly one thread runs at any time, in a
-fixed order: results are those of one pass after the other, bit for bit. Here: taking turns. Not
+fixed order and with the caller's number of threads per operation: results are those of one pass
+after the other, bit for bit. Here: taking turns. Not
 here: what is collected at a block (`moments`, `gradients`), where its weights come from
 (`offload`).
 """
@@ -27,6 +28,7 @@ class _Pass:
     def __init__(self, work: Callable[[], None], turns: Turns) -> None:
         self._work = work
         self._turns = turns
+        self._threads = torch.get_num_threads()
         self._go = threading.Semaphore(0)
         self.done = False
         self.error: BaseException | None = None
@@ -53,6 +55,7 @@ class _Pass:
 
     def _run(self) -> None:
         try:
+            torch.set_num_threads(self._threads)  # which some libraries keep for each thread
             self._work()
         except _Abandoned:
             pass

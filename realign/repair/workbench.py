@@ -215,9 +215,14 @@ class ModelWorkbench:
     def _running_about(self, role: str) -> dict[str, str]:
         """What anything that a model does depends on."""
         installed = versions()
+        device = self._plan.device.partition(":")[0]
+        # Sums are split among threads, and rounded accordingly. One thread for all would make the
+        # calibration of a large model slow; so what was measured with another number is not used.
+        threads = "any" if device == "cuda" else str(torch.get_num_threads())
         return {
             "model": model_identity(original(self._inputs.all()[role]), self._progress),
-            "device": self._plan.device.partition(":")[0],
+            "device": device,
+            "threads": threads,
             "version": f"{__version__}/{CACHE_VERSION}",
             "torch": installed["torch"],
             "transformers": installed["transformers"],

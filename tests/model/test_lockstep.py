@@ -18,6 +18,7 @@ from realign.model.accumulate import Moments
 from realign.model.lockstep import decoder_blocks, run_in_lockstep
 from realign.model.moments import MomentRequest, TokenSequence, collect_moments
 from realign.model.moments_file import MomentsWriter, StoredMoments
+from realign.subspace.threads import torch_threads
 
 TEXTS = [
     TokenSequence(tuple(4 + (5 * i + 3 * j) % 40 for j in range(length)), (True,) * length)
@@ -103,6 +104,15 @@ def test_all_pass_one_block_before_any_enters_the_next() -> None:
     )
     assert seen == [(at, number) for at in range(3) for number in range(3)]
     assert stages == [0, 3, 6, 9]
+
+
+def test_passes_have_the_threads_of_the_caller() -> None:
+    seen: list[int] = []
+    for count in (3, 1):
+        with torch_threads(count):
+            run_in_lockstep([lambda: seen.append(torch.get_num_threads())] * 2, blocks=[])
+            assert torch.get_num_threads() == count
+    assert seen == [3, 3, 1, 1]
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt])

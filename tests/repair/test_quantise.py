@@ -26,6 +26,7 @@ from realign.repair.quantise.training import (
     train_block,
 )
 from realign.subspace.probe import Probe
+from realign.subspace.threads import torch_threads
 
 RECIPE = Recipe(
     bits=4,
@@ -96,6 +97,26 @@ def test_the_same_seed_gives_the_same_bytes_and_another_draws_other_prompts(tmp_
         bench.seed = 1
         other = trained(bench)
     assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_training_does_not_depend_on_the_callers_threads(tmp_path: Path) -> None:
+    seen: set[tuple[int, bool]] = set()
+
+    def look(*_: Any) -> None:
+        seen.add((torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()))
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(look)
+    try:
+        with opened(save_pair(tmp_path, llama())) as bench:
+            found: list[dict[str, bytes]] = []
+            for count in (1, 4):
+                with torch_threads(count):
+                    tensors = trained(bench)
+                found.append({k: v.numpy().tobytes() for k, v in tensors.items()})
+    finally:
+        handle.remove()
+    assert found[0] == found[1]
+    assert seen == {(1, True)}
 
 
 def test_training_reaches_factors_and_smoothing_and_nothing_else(tmp_path: Path) -> None:

@@ -230,6 +230,14 @@ def _other_device(
     return {}
 
 
+def _other_threads(
+    family: dict[str, Path], folder: Path, patched: pytest.MonkeyPatch
+) -> dict[str, Any]:
+    count = torch.get_num_threads() + 3
+    patched.setattr(torch, "get_num_threads", lambda: count)
+    return {}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -238,10 +246,11 @@ def _other_device(
         _other_template,
         _other_versions,
         _other_device,
+        _other_threads,
         lambda *_: {"settings": {"tokens": "prompt"}},
         lambda *_: {"settings": {"standardize": "token"}},
     ],
-    ids=["anchors", "judge", "template", "versions", "device", "tokens", "standardize"],
+    ids=["anchors", "judge", "template", "versions", "device", "threads", "tokens", "standardize"],
 )
 def test_what_the_moments_depend_on_makes_them_anew(
     family, filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from realign.errors import SuiteError
 from realign.model.block_chain import BlockChain
+from realign.model.training import deterministic
 from realign.repair.preparation import RunningModel, Workbench
 from realign.repair.quantise.blocks import block_matrices
 from realign.repair.quantise.training import Recipe, examples_of, train_block
@@ -128,14 +129,15 @@ def train_quantiser(
         tokens = {kind: workbench.prompts(kind, role=role) for kind in ("anchors", "keep")}
         return [tokens[kind][index][-length:] for kind, index in plan.chosen]
 
-    with workbench.running("aligned") as running:
+    with workbench.running("aligned") as running, deterministic():
         chain = _chain(running)
         outputs = [chain.outputs(ids, position=-1) for ids in sequences("aligned")]
         features = [
             torch.stack([each[i] for each in outputs]).cpu() for i in range(len(outputs[0]))
         ]
-    probes, unseen = fit_probes(features, plan.malicious, strength=penalty)
-    with workbench.running("finetuned") as running:
+    with deterministic():
+        probes, unseen = fit_probes(features, plan.malicious, strength=penalty)
+    with workbench.running("finetuned") as running, deterministic():
         chain = _chain(running)
         matrices = block_matrices(running, chain, workbench.slots)
         examples = examples_of(chain.capture(sequences("finetuned")), plan.malicious)

@@ -24,6 +24,7 @@ from torch import Tensor
 from realign.errors import EmptyEditError, SuiteError, UsageError
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
+from realign.subspace.threads import torch_threads
 
 SMALL = Path(__file__).resolve().parents[3] / "fixtures" / "small"
 ADAPTER = f"{SMALL / 'aligned'}+{SMALL / 'lora_p5'}"
@@ -271,6 +272,32 @@ def test_irr_puts_conflicts_back_and_recalibrates_on_the_task(tmp_path: Path, ca
         assert torch.equal(found[name][conflicts], aligned[name][conflicts])
         assert row.facts["conflict_share"] == pytest.approx(float(conflicts.float().mean()))
         assert not torch.equal(found[name][~conflicts], finetuned[name][~conflicts])
+
+
+def test_irr_does_not_depend_on_who_filled_the_cache(tmp_path: Path) -> None:
+    """Statistics measured with another number of threads are rounded in another way."""
+    tiny = SMALL.parent / "tiny"
+
+    def weights(name: str, cache: str, threads: int) -> bytes:
+        with torch_threads(threads):
+            run(
+                tmp_path / name,
+                "irr",
+                {"safety_vector": "base", "nsamples": 12},
+                finetuned=tiny / "howto2_p5",
+                aligned=tiny / "aligned",
+                base=tiny / "base",
+                task_data=SMALL / "suites" / "howto.jsonl",
+                cache_dir=tmp_path / cache,
+            )
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    one = weights("one", "shared", 1)
+    four = weights("four", "shared", 4)
+    assert len(list((tmp_path / "shared").glob("inputs-*"))) == 2
+    assert weights("four-alone", "own", 4) == four
+    assert weights("one-again", "shared", 1) == one
+    assert len(list((tmp_path / "shared").glob("inputs-*"))) == 2
 
 
 def test_irr_keeps_the_conflicts_on_which_refusals_depend_least(
