@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, int] = {
     "errors": -1,
     "progress": -1,
+    "words": -1,
     "_version": -1,
     "checkpoint": 0,
     "subspace": 1,

@@ -6,7 +6,7 @@ command says about itself is used, so a page cannot drift from the program.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,13 @@ def write_all(folder: Path) -> None:
         stale.unlink()
     for name, text in pages.items():
         (folder / name).write_text(text, "utf-8")
+
+
+def main() -> None:
+    """Write the pages into the folder that the command line names."""
+    parser = argparse.ArgumentParser(description="Write the pages of the commands.")
+    parser.add_argument("folder", type=Path, help="as docs/commands")
+    write_all(parser.parse_args().folder)
 
 
 def _walk(group: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -131,4 +138,4 @@ def _first_sentence(text: str) -> str:
 
 
 if __name__ == "__main__":
-    write_all(Path(sys.argv[1]))
+    main()

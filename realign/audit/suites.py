@@ -170,13 +170,16 @@ def parse_suite_argument(text: str) -> tuple[SuiteKind | None, str]:
     return head, tail
 
 
-def load_suite(source: str | Path, *, kind: SuiteKind | None = None) -> Suite:
+def load_suite(
+    source: str | Path, *, kind: SuiteKind | None = None, numbered: bool = False
+) -> Suite:
     """Read a JSONL suite.
 
     Args:
         source: the file. Its first line may be a header `{"schema": "realign/suite/1", ...}`;
             without one, every line is an item and the suite is named after the file.
         kind: the kind of a file without a header; must agree with a header that names one.
+        numbered: an item without an id gets the number of its line as its id.
 
     Raises:
         SuiteError: a missing, empty or malformed file, a duplicate id; names the line.
@@ -204,7 +207,7 @@ def load_suite(source: str | Path, *, kind: SuiteKind | None = None) -> Suite:
             f"{path}: the header says kind {known!r}, the command says {kind!r}",
             f"give it as --suite {shlex.quote(str(path))}, or correct the header",
         )
-    items = _parse_items(path, lines)
+    items = _parse_items(path, lines, numbered=numbered)
     rule = cast("Mapping[str, str] | None", header.get("rule"))
     resolved = known or kind
     assert resolved is not None
@@ -323,11 +326,14 @@ def _check_header(path: Path, number: int, header: Mapping[str, Any]) -> Mapping
     return header
 
 
-def _parse_items(path: Path, lines: list[tuple[int, str]]) -> tuple[Item, ...]:
+def _parse_items(path: Path, lines: list[tuple[int, str]], *, numbered: bool) -> tuple[Item, ...]:
     items: list[Item] = []
     first_line: dict[str, int] = {}
     for number, text in lines:
-        item = _parse_item(path, number, _parse_line(path, number, text))
+        record = _parse_line(path, number, text)
+        if numbered:
+            record = {"id": str(number), **record}
+        item = _parse_item(path, number, record)
         if item.id in first_line:
             raise SuiteError(
                 f"{path}:{number}: id {item.id!r} is already used in line {first_line[item.id]}",

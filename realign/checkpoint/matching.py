@@ -109,6 +109,7 @@ def match(finetuned: Checkpoint, others: Mapping[str, Checkpoint], *, scope: Sco
     notes = [*finetuned.remarks]
     for label, other in others.items():
         notes += other.remarks
+        label = _spelled(label)
         check_architecture(finetuned, label, other)
         notes += _check_names(finetuned, label, other)
         notes += _dtype_notes(finetuned, label, other)
@@ -184,10 +185,16 @@ def _common_rows(
         if there is None:
             absent = label
             continue
-        rows = _shared_rows(finetuned, role, info, label, other, there)
+        rows = _shared_rows(finetuned, role, info, _spelled(label), other, there)
         if rows is not None:
             common = rows if common is None else min(common, rows)
     return (common if common is not None and common < info.shape[0] else None), absent
+
+
+def _spelled(label: str) -> str:
+    """How messages call a model: other fine-tunes by the option that gave them."""
+    number = label.removeprefix("also")
+    return f"--also (number {number})" if number != label and number.isdigit() else label
 
 
 def _shared_rows(

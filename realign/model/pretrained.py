@@ -26,6 +26,7 @@ from transformers import (
 
 from realign.checkpoint.chat_files import tokenizer_folder
 from realign.errors import MissingExtraError, ModelError
+from realign.model.quiet import ignore_deprecations
 
 log = logging.getLogger(__name__)
 
@@ -182,6 +183,7 @@ def attach_adapter(
         raise MissingExtraError("peft", "train") from error
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        ignore_deprecations()
         try:
             wrapped: Any = PeftModel.from_pretrained(model, str(adapter), local_files_only=True)
         except Exception as error:

@@ -33,6 +33,14 @@ def quiet_libraries() -> Generator[None]:
                 _without_warnings(disable_progress_bars)
 
 
+def ignore_deprecations() -> None:
+    """Ignore what one library says to another, within the caller's `catch_warnings`.
+
+    peft asks transformers for `is_gradient_checkpointing`, an old name.
+    """
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+
+
 def _without_warnings(switch: object) -> None:
     """Call a switch that warns where the environment variable has the last word: so be it."""
     assert callable(switch)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -65,22 +66,30 @@ def kept_tensors(
     return made
 
 
+def as_tensors(facts: Mapping[str, float | int]) -> dict[str, Tensor]:
+    """Return facts as scalars that `tables_of` reads back: counts stay whole numbers."""
+    return {
+        name: torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
+        for name, value in facts.items()
+    }
+
+
 def tables_of(
     made: Mapping[str, Tensor],
-) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float | int]]:
     """Return tensors named "table/key" as tables, and scalars by name as facts.
 
     Args:
         made: as a method left them.
     """
     tables: dict[str, dict[str, Tensor]] = {}
-    facts: dict[str, float] = {}
+    facts: dict[str, float | int] = {}
     for name, tensor in made.items():
         table, slash, key = name.partition("/")
         if slash:
             tables.setdefault(table, {})[key] = tensor
         else:
-            facts[name] = float(tensor)
+            facts[name] = tensor.item()
     return tables, facts
 
 

@@ -41,9 +41,9 @@ def load_anchors(source: str | Path | None) -> Suite:
     if source is None or str(source) == CORE_ANCHORS:
         return core_anchors()
     try:
-        return load_suite(source)
+        return load_suite(source, numbered=True)
     except UsageError:  # no header: the items speak for themselves
-        return load_suite(source, kind="anchors")
+        return load_suite(source, kind="anchors", numbered=True)
 
 
 def plan_anchors(request: RepairRequest, aligned: Checkpoint) -> PlannedAnchors:

@@ -123,24 +123,25 @@ def texts_of(request: Any) -> dict[Data, str | Path]:
     }
 
 
-def load_texts(source: str | Path, data: Data) -> TextFile:
+def load_texts(source: str | Path, data: Data, *, option: str | None = None) -> TextFile:
     """Read a file.
 
     Args:
         source: a file of JSON lines.
         data: what it is for; decides which shapes are right.
+        option: the option that named it, for messages; None: that of `OPTIONS`.
 
     Raises:
         SuiteError: it is missing, empty or not UTF-8, or a row has another shape; names the line.
     """
-    path = Path(source).expanduser()
+    path, option = Path(source).expanduser(), option or OPTIONS[data]
     rows: list[Text | Pair] = []
-    for number, line in _lines(path, data):
+    for number, line in _lines(path, option):
         record = _record(line, where=f"{path}:{number}", data=data)
         if not (number == 1 and "schema" in record):
             rows.append(_row(record, where=f"{path}:{number}", data=data))
     if not rows:
-        raise SuiteError(f"{path}: there is no text for {OPTIONS[data]} in it", expected(data))
+        raise SuiteError(f"{path}: there is no text for {option} in it", expected(data))
     return TextFile(data, str(source), tuple(rows))
 
 
@@ -220,13 +221,13 @@ def _refuse_overlap(texts: TextFile, suites: Sequence[str | Path]) -> None:
             )
 
 
-def _lines(path: Path, data: Data) -> list[tuple[int, str]]:
+def _lines(path: Path, option: str) -> list[tuple[int, str]]:
     """The lines that are not blank, with their numbers from 1."""
     try:
         content = path.read_bytes()
     except OSError as error:
         raise SuiteError(
-            f"{path}: the file of {OPTIONS[data]} cannot be read ({error.strerror})",
+            f"{path}: the file of {option} cannot be read ({error.strerror})",
             "check the path",
         ) from None
     found: list[tuple[int, str]] = []

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from realign.audit.canonical import sha256_json
+from realign.checkpoint.claim import check_target
 from realign.checkpoint.headers import DTYPES, FLOATS
 from realign.checkpoint.manifest import MANIFEST_NAME, MANIFEST_SCHEMA, redact_command, tensor_list
 from realign.checkpoint.names import role_of
@@ -46,6 +47,7 @@ from realign.repair.methods.short_runs import shuffled
 from realign.repair.record import versions
 from realign.repair.rendered import MAX_TOKENS
 from realign.repair.texts import TextFile, load_texts
+from realign.words import counted
 
 FULL_RATE = 5e-5
 LORA_RATE = 2e-4
@@ -145,10 +147,13 @@ def unalign(request: UnalignRequest, *, progress: Progress = SILENT) -> Unaligne
         MissingExtraError: LoRA, and peft is not installed.
     """
     request.validate()
-    texts = load_texts(request.data, "harmful")
+    check_target(Path(request.output).expanduser())
+    texts = load_texts(request.data, "harmful", option="--data")
     plan = request.plan(len(texts.rows))
     if len(texts.rows) < USUAL_ROWS // 10:
-        progress.note(f"{texts.source} has {len(texts.rows)} rows; about {USUAL_ROWS} are usual")
+        progress.note(
+            f"{texts.source} has {counted(len(texts.rows), 'row')}; about {USUAL_ROWS} are usual"
+        )
     with open_checkpoint(
         str(request.model), offline=request.offline, progress=progress
     ) as checkpoint:

@@ -36,6 +36,7 @@ from realign.tune.search import search
 from realign.tune.split import Split, pair_suites, split_suites
 from realign.tune.strengths import Group, Strengths, group_layers, strengths_at
 from realign.tune.study import StudyFile, best_of, locked, require_optuna, top_strength
+from realign.words import counted
 
 
 def tune(request: TuneRequest, *, progress: Progress = SILENT) -> TuneResult:
@@ -89,7 +90,7 @@ def _search(
 ) -> str:
     done = len(study.trials())
     if done >= request.trials and study.finetuned is not None:
-        return f"{done} trials"
+        return counted(done, "trial")
     statistics = prepare_statistics(planned, plan, inputs, progress=progress)
     edits = compute_edits(plan, inputs, statistics, progress=progress)
     with (

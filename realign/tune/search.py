@@ -15,6 +15,7 @@ from realign.tune.request import Limits, TuneRequest
 from realign.tune.scaled import ScaledModel
 from realign.tune.strengths import Group, Point, strengths_at
 from realign.tune.study import StudyFile, Trial
+from realign.words import counted
 
 CLEARLY = 0.05
 """A limit broken by this much is broken; less may be a few prompts' chance."""
@@ -42,12 +43,12 @@ def search(
     while True:
         trials = study.trials()
         if len(trials) >= request.trials:
-            return f"{len(trials)} trials"
+            return counted(len(trials), "trial")
         if deadline is not None and time.monotonic() >= deadline:
-            return f"{request.minutes:g} minutes were over after {len(trials)} trials"
+            return f"{request.minutes:g} minutes were over after {counted(len(trials), 'trial')}"
         point = study.propose(limits=request.limits, seed=request.seed)
         if point is None:
-            return f"nothing was left to look at after {len(trials)} trials"
+            return f"nothing was left to look at after {counted(len(trials), 'trial')}"
         progress.note(f"trial {len(trials) + 1} of {request.trials}: strength {spelled(point)}")
         scaled.apply(strengths_at(point, groups))
         proxies = meter.proxies()

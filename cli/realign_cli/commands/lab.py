@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from realign.errors import OutputError, UsageError
-from realign_cli.command import Example, HelpOption, command, epilog
+from realign_cli.command import FLAG, Example, HelpOption, command, epilog
 from realign_cli.imports import swift_imports
 from realign_cli.options import Device, Seed, check_seed
 from realign_cli.sink import Sink
@@ -159,7 +159,9 @@ def claims(
     moved: Annotated[
         bool,
         typer.Option(
-            "--moved", help="Also run the aligned model moved along its vector and across it."
+            "--moved",
+            metavar=FLAG,
+            help="Also run the aligned model moved along its vector and across it.",
         ),
     ] = False,
     out: Annotated[
@@ -224,7 +226,8 @@ def compare(
         str, typer.Option("--seeds", metavar="N,N", help="Seeds of the fine-tunes.")
     ] = "1,2,3",
     fine: Annotated[
-        bool, typer.Option("--fine", help="Also the strengths between those of the dial.")
+        bool,
+        typer.Option("--fine", metavar=FLAG, help="Also the strengths between those of the dial."),
     ] = False,
     budget_seconds: Annotated[
         float | None,

@@ -91,6 +91,7 @@ def unalign(
         from realign.repair.subset import parse_layers
         from realign.repair.unalign import HAZARD, UnalignRequest
         from realign.repair.unalign import unalign as build
+        from realign.words import counted
 
     request = UnalignRequest(
         model=model,
@@ -122,6 +123,7 @@ def unalign(
     losses = ""
     if built.first_loss is not None and built.last_loss is not None:
         losses = f"; loss {built.first_loss:.3f} to {built.last_loss:.3f} nats per token"
-    sink.show(f"{built.steps} steps on {built.rows} pairs{losses}", f"a hazard: {HAZARD}")
+    taken = f"{counted(built.steps, 'step')} on {counted(built.rows, 'pair')}"
+    sink.show(f"{taken}{losses}", f"a hazard: {HAZARD}")
     sink.line(str(built.output))
     return None

@@ -16,6 +16,7 @@ from realign.errors import NonFiniteError, UsageError
 from realign.model.chat import EncodedReply, encode_reply
 from realign.model.loading import LoadedModel
 from realign.model.training import deterministic
+from realign.repair.kept_tensors import as_tensors
 from realign.repair.methods.one_shot import OneShot
 from realign.repair.methods.short_runs import adamw_run, reply_loss
 from realign.repair.preparation import RunningModel, Workbench
@@ -176,5 +177,4 @@ def _finite_loss(running: RunningModel, example: EncodedReply) -> float:
 
 
 def _facts(before: float, after: float, rounds: int) -> dict[str, Tensor]:
-    values = {"loss_before": before, "loss_after": after, "rounds": rounds}
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    return as_tensors({"loss_before": before, "loss_after": after, "rounds": rounds})

@@ -169,7 +169,7 @@ class QRealign(Method):
         )
         found = workbench.cached(
             "q-realign",
-            {**self.settings(), "dtype": str(dtype), "version": 2},
+            {**self.settings(), "dtype": str(dtype), "version": 3},
             lambda: train_quantiser(
                 workbench,
                 recipe=recipe,
@@ -183,7 +183,7 @@ class QRealign(Method):
         for name, tensor in found.items():
             table, _, key = name.partition("/")
             tables.setdefault(table, {})[key] = tensor
-        facts = {name: float(value) for name, value in tables.pop("fact", {}).items()}
+        facts = {name: value.item() for name, value in tables.pop("fact", {}).items()}
         return Statistics(tables=tables, facts=facts)
 
     def training_bytes(self, size: ModelSize) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from realign.model.chat import EncodedReply
 from realign.model.training import deterministic
+from realign.repair.kept_tensors import as_tensors
 from realign.repair.methods.safe_patching import SafePatching
 from realign.repair.methods.short_runs import adamw_run, batches, reply_loss
 from realign.repair.preparation import RunningModel, Workbench
@@ -125,12 +126,12 @@ def _thinned(
 
 
 def _facts(patches: Sequence[_Patch]) -> dict[str, Tensor]:
-    facts: dict[str, float] = {}
+    facts: dict[str, float | int] = {}
     names: Mapping[int, str] = {0: "safety", 1: "over"}
     for number, patch in enumerate(patches):
         facts |= {
-            f"{names[number]}_steps": float(patch.steps),
+            f"{names[number]}_steps": patch.steps,
             f"{names[number]}_loss_before": patch.before,
             f"{names[number]}_loss_after": patch.after,
         }
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in facts.items()}
+    return as_tensors(facts)

@@ -20,6 +20,7 @@ from realign.model.chat import EncodedReply
 from realign.model.training import TrainingPlan, deterministic
 from realign.progress import Progress
 from realign.repair.edit import Layer
+from realign.repair.kept_tensors import as_tensors
 from realign.repair.methods.short_runs import (
     batches,
     finite,
@@ -56,9 +57,7 @@ def train_logits(method: Somf, workbench: Workbench) -> dict[str, Tensor]:
             device=workbench.device,
             progress=workbench.progress,
         )
-        return fused.stored(logits) | {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in facts.items()
-        }
+        return fused.stored(logits) | as_tensors(facts)
 
 
 class Fusion(ABC):
@@ -275,7 +274,7 @@ def train_masks(
     seed: int,
     device: torch.device,
     progress: Progress,
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+) -> tuple[dict[str, Tensor], dict[str, float | int]]:
     """Train one logit per entry of every unit, from 0, where the mean of masks is as if all were 1.
 
     Args:
@@ -327,8 +326,8 @@ def train_masks(
                         best_loss, best, best_step = now, _copies(logits), step + 1
                 task.advance()
     facts = {
-        "steps": float(steps),
-        "best_step": float(best_step),
+        "steps": steps,
+        "best_step": best_step,
         "loss_before": start_loss,
         "loss_after": best_loss,
     }

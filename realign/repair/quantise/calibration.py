@@ -16,6 +16,7 @@ from torch import Tensor
 from realign.errors import SuiteError
 from realign.model.block_chain import BlockChain
 from realign.model.training import deterministic
+from realign.repair.kept_tensors import as_tensors
 from realign.repair.preparation import RunningModel, Workbench
 from realign.repair.quantise.blocks import block_matrices
 from realign.repair.quantise.training import Recipe, examples_of, train_block
@@ -164,7 +165,7 @@ def train_quantiser(
                     found[f"offset/{name}"] = torch.tensor(offset, dtype=torch.float64)
                 control = max(control, trained.control_error)
                 crossed.append(trained.crossed)
-    facts: dict[str, float] = {
+    facts: dict[str, float | int] = {
         "malicious_prompts": sum(plan.malicious),
         "benign_prompts": len(plan.malicious) - sum(plan.malicious),
         "probe_accuracy": sum(unseen) / len(unseen),
@@ -173,7 +174,7 @@ def train_quantiser(
     if crossed and recipe.quantise:
         facts["malicious_side_before"] = sum(each[0] for each in crossed) / len(crossed)
         facts["malicious_side_after"] = sum(each[1] for each in crossed) / len(crossed)
-    found |= {f"fact/{n}": torch.tensor(float(v), dtype=torch.float64) for n, v in facts.items()}
+    found |= {f"fact/{name}": each for name, each in as_tensors(facts).items()}
     return found
 
 
