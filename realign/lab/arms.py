@@ -158,6 +158,11 @@ DECLARED: tuple[Arm, ...] = (
         settings=(
             {"s": 0.1},
             *({"budget": "relative", "s": s} for s in (0.05, 0.2, 0.4, 0.6, 0.8)),
+            # The default drop_fraction of 0.15 binds from about s = 0.6: without it, finer.
+            *(
+                {"budget": "relative", "s": s, "drop_fraction": 0.0}
+                for s in (0.4, 0.6, 0.7, 0.8, 0.9)
+            ),
         ),
         dial=(1.0,),
         fine=(),
