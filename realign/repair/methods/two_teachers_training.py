@@ -16,6 +16,7 @@ from torch import Tensor
 
 from realign.errors import NonFiniteError
 from realign.model.chat import EncodedReply
+from realign.model.training import deterministic
 from realign.repair.edit import VectorKind
 from realign.repair.preparation import RunningModel, Workbench
 from realign.subspace.keyed import generator
@@ -62,10 +63,10 @@ def distil(method: TwoTeachers, workbench: Workbench) -> Mapping[str, Tensor]:
     """
     kind = method.vector_kind
     assert kind is not None
-    with workbench.running("aligned") as teacher:
+    with workbench.running("aligned") as teacher, deterministic():
         anchors = lessons(teacher, workbench.examples("safe", role="aligned"))
     texts = workbench.examples("keep", role="finetuned")
-    with workbench.running("finetuned") as student:
+    with workbench.running("finetuned") as student, deterministic():
         student.loaded.model.requires_grad_(False)
         keep = lessons(student, texts)
         spaces = subspaces(workbench, student, kind=kind, rank=method.rank)

@@ -10,12 +10,16 @@ from support.subspace_support import edit_of, given, input_moments, layer_of, ma
 
 from realign.repair.edit import Layer
 from realign.repair.method import Method
+from realign.repair.methods.antidote import Antidote
 from realign.repair.methods.delta_svd import DeltaSvd
+from realign.repair.methods.irr import Irr
 from realign.repair.methods.lox import Lox
 from realign.repair.methods.lssf import Lssf
+from realign.repair.methods.nlsr import Nlsr
 from realign.repair.methods.null_control import DeltaSvdNull, ReplaceNull
 from realign.repair.methods.replace import Replace
 from realign.repair.methods.resta import Resta
+from realign.repair.methods.safe_delta import SafeDelta
 from realign.repair.methods.safe_lora import SafeLora
 from realign.repair.methods.safemerge import Safemerge
 from realign.repair.methods.wise_ft import WiseFt
@@ -23,14 +27,19 @@ from realign.repair.preparation import Statistics
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-ROLES = ("finetuned", "aligned", "base", "unaligned")
+ROLES = ("finetuned", "aligned", "base", "unaligned", "reference")
+SHAPES = [(64, 64), (48, 96), (96, 48)]
+CLOSE = 4e-6
 
 
 def moved(layer: Layer) -> Layer:
-    return dataclasses.replace(layer, **{role: getattr(layer, role).cuda() for role in ROLES})
+    given = {role: getattr(layer, role) for role in ROLES}
+    return dataclasses.replace(
+        layer, **{role: each.cuda() for role, each in given.items() if each is not None}
+    )
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (48, 96), (96, 48)])
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "method",
@@ -63,3 +72,36 @@ def test_accelerator_equals_cpu(method: Method, shape: tuple[int, int], dtype: t
         on_gpu = edit_of(method, moved(layer), statistics)
         assert on_gpu.is_cuda
         assert float((on_gpu.cpu() - on_cpu).abs().max()) <= 1e-6 * float(on_cpu.abs().max()) * 4
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "method",
+    [
+        SafeDelta(s=0.4, budget="relative"),
+        SafeDelta(s=1e5, block=40, sub_block=4),
+        Irr(safety_vector="unaligned"),
+        Irr(safety_vector="unaligned", keep_fraction=0.5, recalibrate=False),
+        Antidote(space="merged", alpha=0.1),
+        Antidote(space="merged", alpha=0.1, prune_to="aligned"),
+        Nlsr(reference="unaligned", space="merged"),
+        Nlsr(reference="reference", space="merged", b=0.0),
+    ],
+    ids=lambda m: m.name,
+)
+def test_methods_that_read_input_moments(
+    method: Method, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """They choose entries, and a sum of another order may choose another one at the edge."""
+    layer, x = layer_of(shape, dtype=dtype), matrix(shape[1], 400, seed=7)
+    assert layer.aligned is not None
+    other = layer.aligned + matrix(*shape, seed=9, scale=0.1).to(dtype)
+    layer = dataclasses.replace(layer, reference=other)
+    fisher = {layer.key: matrix(*shape, seed=8).square().float()}
+    statistics = dataclasses.replace(given(input_moments(x)), tables={"fisher": fisher})
+    on_cpu = edit_of(method, layer, statistics)
+    on_gpu = edit_of(method, moved(layer), statistics)
+    assert on_gpu.is_cuda
+    apart = (on_gpu.cpu() - on_cpu).abs() > CLOSE * float(on_cpu.abs().max())
+    assert int(apart.sum()) <= 1
