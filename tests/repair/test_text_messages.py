@@ -100,3 +100,12 @@ def test_another_fine_tune_that_does_not_fit_is_called_by_its_option() -> None:
     )  # fmt: skip
     assert done.exit_code == 2
     assert "the --also (number 1) model" in done.words
+
+
+@pytest.mark.parametrize("quiet", [(), ("--quiet",)])
+def test_a_doubt_is_said_once(tmp_path: Path, quiet: tuple[str, ...]) -> None:
+    swapped = ["--aligned", model("base"), "--base", model("aligned")]
+    options = [*swapped, "--method", "replace", "-o", tmp_path / "out", *quiet]
+    done = realign("repair", model(), *options)
+    assert done.exit_code == 0, done.stderr
+    assert done.words.count("nearer to the base model") == 1

@@ -316,8 +316,9 @@ def _run(sink: Sink, request: RepairRequest, *, out: Path, gate: RepairGate | No
 
 def _remark(sink: Sink, result: RepairResult, *, out: Path, gate: RepairGate | None) -> None:
     """Say on standard error what the output alone does not: what it rests on, what is open."""
-    for doubt in result.plan.doubts:
-        sink.warning(doubt)
+    if sink.quiet:  # otherwise said before the work began
+        for doubt in result.plan.doubts:
+            sink.warning(doubt)
     method = result.manifest["method"]
     if method["name"] == "lssf" and method["settings"].get("safety_vector") == "base":
         sink.warning(
