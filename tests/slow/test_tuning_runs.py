@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.tune_support import tiny_request, tiny_suites
+from support.tune_support import tiny_repair, tiny_request, tiny_suites
 
 from realign.progress import SilentProgress
 from realign.report.tune import tune_markdown
+from realign.tune.request import Limits
 from realign.tune.run import tune
 
 
@@ -26,8 +27,16 @@ class _Interrupts(SilentProgress):
 
 
 def test_an_interrupted_search_goes_on_to_the_same_end(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"groups": 2, "trials": 3, "suites": tiny_suites(limit=10)}
+    # Full strength breaks a limit, so that there is something to search for.
+    options: dict[str, Any] = {
+        "groups": 2,
+        "trials": 3,
+        "suites": tiny_suites(limit=10),
+        "limits": Limits(utility_drop=0.05, over_refusal_rise=0.05),
+        "repair": tiny_repair(method="resta", settings={"gamma": 1.0, "safety_vector": "base"}),
+    }
     whole = tune(tiny_request(tmp_path / "a", **options))
+    assert len(whole.document["search"]["trials"]) == 3
     with pytest.raises(KeyboardInterrupt):
         tune(tiny_request(tmp_path / "b", **options), progress=_Interrupts(3))
     assert not (tmp_path / "b" / "tune.json").exists()
