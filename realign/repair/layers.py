@@ -218,12 +218,8 @@ def entries_before(shape: Sequence[int], row: int, within: int = 0) -> int:
     return row * width + within * inner
 
 
-class WeightsWorkbench:
-    """The workbench of methods that read weights and run no model.
-
-    It imports no library that runs models. Here: matrices and their layers. What is asked of a
-    running model is an error of the method, which must declare its needs.
-    """
+class MatrixWorkbench:
+    """What every workbench knows: the run, and the matrices that it edits."""
 
     def __init__(self, plan: Plan, inputs: Inputs, *, progress: Progress = SILENT) -> None:
         self._plan, self._inputs, self._progress = plan, inputs, progress
@@ -251,6 +247,14 @@ class WeightsWorkbench:
     def layers(self) -> Iterator[Layer]:
         """Read the matrices to edit one after the other, in every checkpoint of the method."""
         return (layer for _, layer in read_layers(self._plan, self._inputs))
+
+
+class WeightsWorkbench(MatrixWorkbench):
+    """The workbench of methods that read weights and run no model.
+
+    It imports no library that runs models. Here: matrices and their layers. What is asked of a
+    running model is an error of the method, which must declare its needs.
+    """
 
     def __getattr__(self, name: str) -> NoReturn:
         raise AttributeError(

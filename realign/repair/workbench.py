@@ -8,7 +8,7 @@ statistics and where they are kept (`measured`), answers to the anchors (`refusa
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import Any, cast
@@ -20,7 +20,7 @@ from realign._version import __version__
 from realign.audit.suites import Suite
 from realign.checkpoint.layouts import locate, original
 from realign.checkpoint.reader import Checkpoint
-from realign.checkpoint.slots import Slot, slot_shape
+from realign.checkpoint.slots import slot_shape
 from realign.model.chat import EncodedReply
 from realign.model.loading import LoadedModel, load_model
 from realign.model.moments import (
@@ -28,9 +28,8 @@ from realign.model.moments import (
 )
 from realign.progress import SILENT, Progress
 from realign.repair.cache import cache_folder
-from realign.repair.edit import Layer
 from realign.repair.kept_tensors import kept_tensors
-from realign.repair.layers import read_layers
+from realign.repair.layers import MatrixWorkbench
 from realign.repair.measured import Measurements, RunnableModel
 from realign.repair.plan import Plan
 from realign.repair.plan_anchors import load_anchors
@@ -46,15 +45,13 @@ CACHE_VERSION = 3
 """Raised when the same inputs would give other statistics."""
 
 
-class ModelWorkbench:
+class ModelWorkbench(MatrixWorkbench):
     """Runs the checkpoints of a plan on its anchors; implements `method.Workbench`."""
 
     def __init__(
         self, request: RepairRequest, plan: Plan, inputs: Inputs, *, progress: Progress = SILENT
     ) -> None:
-        self._plan = plan
-        self._inputs = inputs
-        self._progress = progress
+        super().__init__(plan, inputs, progress=progress)
         self._anchors = request.anchors
         self._cache = cache_folder(request.cache_dir)
         self._measured = Measurements(plan, inputs.finetuned, self._cache, progress)
@@ -73,30 +70,6 @@ class ModelWorkbench:
     @cached_property
     def _suite(self) -> Suite:
         return load_anchors(self._anchors)
-
-    @property
-    def seed(self) -> int:
-        """Seed of the run."""
-        return self._plan.seed
-
-    @property
-    def device(self) -> torch.device:
-        """Where models run."""
-        return torch.device(self._plan.device)
-
-    @property
-    def progress(self) -> Progress:
-        """Shows what is being done."""
-        return self._progress
-
-    @property
-    def slots(self) -> Mapping[str, Slot]:
-        """The matrices that are to be edited, by key."""
-        return {slot.key: slot for pair in self._plan.edits for slot in pair.slots}
-
-    def layers(self) -> Iterator[Layer]:
-        """The matrices to edit, one after the other."""
-        return (layer for _, layer in read_layers(self._plan, self._inputs))
 
     def input_moments(
         self,

@@ -9,30 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.tune_support import FAMILY, tiny_repair
+from support.tune_support import two_teachers_request
 
 from realign.repair.engine import repair
 from realign.repair.request import RepairRequest
 
 
-def prompts_only(source: Path, out: Path, *, count: int) -> Path:
-    """A file of bare prompts: whatever answers it had are gone."""
-    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
-    kept = [{"prompt": row["prompt"]} for row in rows if "prompt" in row][:count]
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-    return out
-
-
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory) -> RepairRequest:
-    place = tmp_path_factory.mktemp("two-teachers")
-    return tiny_repair(
-        method="two_teachers",
-        settings={"rank": 3, "steps": 6, "anchor_batch": 8, "keep_batch": 8},
-        anchors=FAMILY / "suites" / "anchors.jsonl",
-        keep_data=prompts_only(FAMILY / "suites" / "keep.jsonl", place / "keep.jsonl", count=32),
-        cache_dir=place / "cache",
-    )
+    return two_teachers_request(tmp_path_factory.mktemp("two-teachers"))
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,22 @@ def tiny_request(out: Path, **changes: Any) -> TuneRequest:
         "trials": 4,
     }
     return TuneRequest(**(given | changes))
+
+
+def prompts_only(source: Path, out: Path, *, count: int) -> Path:
+    """A file of bare prompts: whatever answers it had are gone."""
+    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
+    kept = [{"prompt": row["prompt"]} for row in rows if "prompt" in row][:count]
+    out.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
+    return out
+
+
+def two_teachers_request(place: Path) -> RepairRequest:
+    """A short training of the two teachers on the tiny fine-tune."""
+    return tiny_repair(
+        method="two_teachers",
+        settings={"rank": 3, "steps": 6, "anchor_batch": 8, "keep_batch": 8},
+        anchors=FAMILY / "suites" / "anchors.jsonl",
+        keep_data=prompts_only(FAMILY / "suites" / "keep.jsonl", place / "keep.jsonl", count=32),
+        cache_dir=place / "cache",
+    )

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from support.tune_support import FAMILY, tiny_repair
+from support.tune_support import two_teachers_request
 
 from realign.repair.edit import Layer, LowRank, Unchanged
 from realign.repair.engine import prepare_statistics
@@ -20,24 +18,9 @@ from realign.repair.request import RepairRequest, open_inputs
 from realign.subspace.spectrum import top_triplets
 
 
-def prompts_only(source: Path, out: Path, *, count: int) -> Path:
-    """A file of bare prompts: whatever answers it had are gone."""
-    rows = [json.loads(line) for line in source.read_text("utf-8").splitlines()]
-    kept = [{"prompt": row["prompt"]} for row in rows if "prompt" in row][:count]
-    out.write_text("".join(json.dumps(row) + "\n" for row in kept), "utf-8")
-    return out
-
-
 @pytest.fixture(scope="module")
 def request_(tmp_path_factory: pytest.TempPathFactory) -> RepairRequest:
-    place = tmp_path_factory.mktemp("two-teachers")
-    return tiny_repair(
-        method="two_teachers",
-        settings={"rank": 3, "steps": 6, "anchor_batch": 8, "keep_batch": 8},
-        anchors=FAMILY / "suites" / "anchors.jsonl",
-        keep_data=prompts_only(FAMILY / "suites" / "keep.jsonl", place / "keep.jsonl", count=32),
-        cache_dir=place / "cache",
-    )
+    return two_teachers_request(tmp_path_factory.mktemp("two-teachers"))
 
 
 @pytest.fixture(scope="module")
