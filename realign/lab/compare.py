@@ -183,14 +183,27 @@ def _known(file: Path, key: str) -> dict[str, Any]:
 
 def _key(place: Place, arm: Arm) -> str:
     first = [dict(arm.settings[0]), arm.usual] if place.scenario.rounds > 1 else []
-    told = {"place": place.digest, "method": arm.method, "first": first, "code": _code(arm)}
+    kinds: set[str] = set()
+    if arm.method != REFUSAL_TUNING:  # which draws its own rows
+        kinds.update(*(arm.build(settings).required_data() for settings in arm.settings))
+    told = {
+        "place": place.digest,
+        "texts": place.texts_digest(kinds),
+        "method": arm.method,
+        "first": first,
+        "code": _code(arm),
+    }
     return sha256_json(told)
 
 
 def _code(arm: Arm) -> str:
-    """Hash of the file that the method stands in."""
+    """Hash of the files that the method stands in: its own, and those named after it."""
     maker: Any = refusal_tuning if arm.method == REFUSAL_TUNING else type(arm.build({}))
-    return hashlib.sha256(inspect.getsource(inspect.getmodule(maker) or maker).encode()).hexdigest()
+    own = Path(inspect.getfile(maker))
+    code = hashlib.sha256(own.read_bytes())
+    for file in sorted(own.parent.glob(f"{own.stem}_*.py")):
+        code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 class _Bench:

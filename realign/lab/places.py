@@ -7,6 +7,7 @@ in memory into which weights are put. What is repaired how is in `compare`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -79,6 +80,11 @@ class Place:
         folder = self.out / "materials" / self.family.name / self.scenario.name
         return write_materials(make_materials(self.studio.world, self.scenario), folder)
 
+    def texts_digest(self, kinds: Iterable[str]) -> str:
+        """Of the texts that one method asks for."""
+        made = make_materials(self.studio.world, self.scenario)
+        return materials_digest({kind: made[kind] for kind in sorted(kinds)})
+
     @property
     def asked(self) -> tuple[str, ...]:
         """The suites that count here."""
@@ -135,12 +141,11 @@ class Place:
 
     @cached_property
     def digest(self) -> str:
-        """Everything that results depend on but the method: models, texts, questions."""
+        """Everything that results depend on but the method and its texts: models, questions."""
         folders = [self.subject, *(self.family / role for role in ROLES)]
         return sha256_json(
             {
                 "models": [_weights_digest(folder) for folder in folders if folder.is_dir()],
-                "texts": materials_digest(make_materials(self.studio.world, self.scenario)),
                 "exam": [EXAM_VERSION, *(self.exam[name].suite_hash for name in self.asked)],
                 "rounds": self.scenario.rounds,
             }
