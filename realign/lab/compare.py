@@ -183,9 +183,8 @@ def _known(file: Path, key: str) -> dict[str, Any]:
 
 def _key(place: Place, arm: Arm) -> str:
     first = [dict(arm.settings[0]), arm.usual] if place.scenario.rounds > 1 else []
-    kinds: set[str] = set()
-    if arm.method != REFUSAL_TUNING:  # which draws its own rows
-        kinds.update(*(arm.build(settings).required_data() for settings in arm.settings))
+    # The plain baseline draws its own rows.
+    kinds = () if arm.method == REFUSAL_TUNING else arm.build({}).data
     told = {
         "place": place.digest,
         "texts": place.texts_digest(kinds),
