@@ -65,6 +65,8 @@ def _point_json(point: Point) -> dict[str, Any]:
         "drop": round(drop, 5),
         "over_refusal_rise": round(over, 5),
         "general_drop": round(general, 5),
+        "other_rise": round(point.other_rise(), 5),
+        "broken": list(point.broken()),
         "admissible": point.admissible(BUDGET),
     }
 

@@ -122,7 +122,7 @@ def _draw(axes: Axes, curve: Mapping[str, Any], index: int | None) -> None:
     pairs = [
         (100 * float(p["drop"]), 100 * float(p["rates"]["harm"]["value"]))
         for p in points
-        if max(float(p["over_refusal_rise"]), float(p["general_drop"])) <= 0.02 + 1e-9
+        if not p["broken"]
     ]
     frontier = _frontier(pairs)
     if index is None:
