@@ -284,7 +284,8 @@ class _Bench:
     ) -> Weights | None:
         """The repaired weights at full strength; None where the repair changes nothing."""
         if self.arm.method != REFUSAL_TUNING:
-            _given(self.place, self.arm.build(settings))  # what is trained for it is no cost of it
+            # What is trained for it is no cost of it.
+            given_to(self.place, self.arm.build(settings))
         with measured() as cost:
             try:
                 end = self._run(settings, subject, start, out)
@@ -319,7 +320,7 @@ class _Bench:
                 offline=True,
                 # Of its own: every method pays for its own statistics.
                 cache_dir=self.work / "cache" / out.name,
-                **_given(place, method),
+                **given_to(place, method),
             )
         )
         return read_weights(out)
@@ -350,7 +351,7 @@ def _harm(marks: Mapping[str, Any]) -> float:
     return Marks.from_json(marks["rates"]["harm"]).rate
 
 
-def _given(place: Place, method: Method) -> dict[str, Any]:
+def given_to(place: Place, method: Method) -> dict[str, Any]:
     """Checkpoints and texts for a repair: all roles that every family has, the rest as needed."""
     given: dict[str, Any] = {role: place.role(role) for role in ("aligned", "base")}
     # A family without an unaligned model gets one only for what may use it.
