@@ -74,7 +74,7 @@ def block_matrices(
         for name, parameter in block.named_parameters():
             homes[parameter.untyped_storage().data_ptr()] = (index, name, parameter)
     grouped: dict[tuple[int, str], list[Slot]] = defaultdict(list)
-    for key in running.keys:
+    for key in sorted(running.keys):  # gradients add up in this order, whatever that of the files
         slot = slots[key]
         home = homes.get(running.weight(key).untyped_storage().data_ptr())
         if home is None or home[2].dim() != 2 or slot.expert is not None or slot.span is not None:
