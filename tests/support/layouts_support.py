@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -70,6 +71,66 @@ def respelled(trio: Trio, folder: Path, respell: Respell) -> Trio:
         tensors = {n: t.contiguous() for n, t in respell(read_folder(source)).items()}
         save_file(tensors, found[role] / "model.safetensors", metadata={"format": "pt"})
     return replace(trio, **found)
+
+
+LLAMA_AS_PHI3: Mapping[str, tuple[str, ...]] = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+
+def fuse_llama(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A Llama as Phi-3 stores it."""
+    found: dict[str, Tensor] = {}
+    whole = {part: (name, parts) for name, parts in LLAMA_AS_PHI3.items() for part in parts}
+    for name, tensor in tensors.items():
+        module = name.split(".")[-2]
+        target, parts = whole.get(module, ("", ()))
+        if not parts:
+            found[name] = tensor
+        elif module == parts[0]:
+            rows = [tensors[name.replace(module, part)] for part in parts]
+            found[name.replace(module, target)] = torch.cat(rows).contiguous()
+    return found
+
+
+def split_llama(fused: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `fuse_llama` made, taken apart again into the shapes of `like`."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in fused.items():
+        module = name.split(".")[-2]
+        names = [name.replace(module, part) for part in LLAMA_AS_PHI3.get(module, (module,))]
+        rows = [like[each].shape[0] for each in names]
+        found.update(zip(names, tensor.split(rows), strict=True))
+    return found
+
+
+def copied(source: Path, target: Path, **files: Mapping[str, Tensor]) -> Path:
+    """A model with other weight files."""
+    shutil.copytree(source, target)
+    (target / "model.safetensors").unlink()
+    for name, tensors in files.items():
+        save_file(dict(tensors), target / f"{name}.safetensors", {"format": "pt"})
+    return target
+
+
+def as_phi3(source: Path, target: Path) -> Path:
+    """A Llama without biases as the Phi-3 that computes the same."""
+    copied(source, target, model=fuse_llama(read_folder(source)))
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    (target / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}), "utf-8")
+    return target
+
+
+def in_shards(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """The model with these tensors in three files and an index."""
+    names = sorted(tensors)
+    files = {f"model-0000{i + 1}-of-00003": {n: tensors[n] for n in names[i::3]} for i in range(3)}
+    copied(source, target, **files)
+    index = {name: f"{file}.safetensors" for file, held in files.items() for name in held}
+    text = json.dumps({"metadata": {}, "weight_map": index})
+    (target / "model.safetensors.index.json").write_text(text, "utf-8")
+    return target
 
 
 def split_phi3(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

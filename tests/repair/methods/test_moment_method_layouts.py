@@ -5,7 +5,6 @@ The trained families have tied embeddings.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from safetensors.torch import save_file
 from support.adapter_support import with_adapter
+from support.layouts_support import as_phi3, fuse_llama, in_shards
 from support.repair_support import read_folder
 from torch import Tensor
 
@@ -23,25 +21,6 @@ from realign.repair.engine import repair
 from realign.repair.request import RepairRequest
 
 SMALL = Path(__file__).resolve().parents[3] / "fixtures" / "small"
-PARTS: Mapping[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-}
-
-
-def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A Llama as Phi-3 stores it."""
-    found: dict[str, Tensor] = {}
-    whole = {part: (name, parts) for name, parts in PARTS.items() for part in parts}
-    for name, tensor in tensors.items():
-        module = name.split(".")[-2]
-        target, parts = whole.get(module, ("", ()))
-        if not parts:
-            found[name] = tensor
-        elif module == parts[0]:
-            rows = [tensors[name.replace(module, part)] for part in parts]
-            found[name.replace(module, target)] = torch.cat(rows).contiguous()
-    return found
 
 
 @pytest.mark.parametrize(
@@ -55,11 +34,7 @@ def fused(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def test_fused_projections_are_repaired_as_their_parts(
     tmp_path: Path, method: str, settings: Mapping[str, Any]
 ) -> None:
-    other = tmp_path / "other"
-    other.mkdir()
-    config = json.loads((SMALL / "howto" / "config.json").read_text("utf-8"))
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}), "utf-8")
-    save_file(fused(read_folder(SMALL / "howto")), other / "model.safetensors", {"format": "pt"})
+    other = as_phi3(SMALL / "howto", tmp_path / "other")
     for name, finetuned in {"plain": SMALL / "howto", "fused": other}.items():
         repair(
             RepairRequest(
@@ -73,7 +48,7 @@ def test_fused_projections_are_repaired_as_their_parts(
                 device="cpu",
             )
         )
-    expected = fused(read_folder(tmp_path / "plain" / "out"))
+    expected = fuse_llama(read_folder(tmp_path / "plain" / "out"))
     found = read_folder(tmp_path / "fused" / "out")
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -106,35 +81,20 @@ def run(out: Path, method: str, finetuned: Path) -> dict[str, Tensor]:
     return read_folder(out)
 
 
-def copied(source: Path, target: Path, **files: Mapping[str, Tensor]) -> Path:
-    """A model with other weight files."""
-    shutil.copytree(source, target)
-    (target / "model.safetensors").unlink()
-    for name, tensors in files.items():
-        save_file(dict(tensors), target / f"{name}.safetensors", {"format": "pt"})
-    return target
-
-
 @pytest.mark.parametrize("method", ["irr", "antidote"])
 def test_what_runs_itself_is_repaired_alike_in_every_layout(tmp_path: Path, method: str) -> None:
     """The fine-tune itself is run here, in its own layout: fused products are rounded otherwise."""
     plain = read_folder(SMALL / "howto")
     assert "lm_head.weight" not in plain, "tied"
     expected = run(tmp_path / "plain", method, SMALL / "howto")
-    other = copied(SMALL / "howto", tmp_path / "fused-in", model=fused(plain))
-    config = json.loads((other / "config.json").read_text("utf-8"))
-    (other / "config.json").write_text(json.dumps(config | {"model_type": "phi3"}), "utf-8")
-    found = run(tmp_path / "fused", method, other)
-    assert found.keys() == fused(expected).keys()
-    for name, tensor in fused(expected).items():
-        moved = tensor - fused(plain)[name]
+    found = run(tmp_path / "fused", method, as_phi3(SMALL / "howto", tmp_path / "fused-in"))
+    assert found.keys() == fuse_llama(expected).keys()
+    for name, tensor in fuse_llama(expected).items():
+        moved = tensor - fuse_llama(plain)[name]
         apart = (found[name] - tensor).abs() > 1e-4 * moved.abs().max()
         assert int(apart.sum()) <= 1e-4 * apart.numel(), name
 
-    transformers.AutoModelForCausalLM.from_pretrained(SMALL / "howto").save_pretrained(
-        shards := copied(SMALL / "howto", tmp_path / "sharded-in"), max_shard_size="300KB"
-    )
-    assert len(list(shards.glob("model-*.safetensors"))) > 2
+    shards = in_shards(SMALL / "howto", tmp_path / "sharded-in", plain)
     found = run(tmp_path / "sharded", method, shards)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
