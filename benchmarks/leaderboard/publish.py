@@ -16,7 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from realign.lab.compare import write_board
-from realign.lab.leaderboard_page import board_json, board_page
+from realign.lab.leaderboard_json import board_json
+from realign.lab.leaderboard_page import board_page
 from realign.report.leaderboard import save_pictures
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -27,7 +27,8 @@ from realign.lab.baselines import refusal_tuning
 from realign.lab.build import finetune_variant
 from realign.lab.folders import save_model
 from realign.lab.leaderboard import Board, build_board
-from realign.lab.leaderboard_page import board_json, whole_page
+from realign.lab.leaderboard_json import board_json
+from realign.lab.leaderboard_page import whole_page
 from realign.lab.marking import Marks, Weights, interpolated, put_weights, read_weights
 from realign.lab.places import Place
 from realign.lab.record import read_record, write_json, write_text

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from realign.audit.statistics.intervals import ALPHA, critical_value
 from realign.lab.marking import Marks
@@ -98,14 +98,24 @@ def estimate_mean(tasks: Sequence[Sequence[Marks]]) -> Estimate:
     each = [estimate_rate(marks) for marks in tasks]
     if len(each) == 1:
         return each[0]
-    mean = sum(one.value for one in each) / len(each)
-    # Independent questions: half-widths add in squares.
-    below = math.sqrt(sum((one.value - one.low) ** 2 for one in each)) / len(each)
-    above = math.sqrt(sum((one.high - one.value) ** 2 for one in each)) / len(each)
-    low, high = max(0.0, mean - below), min(1.0, mean + above)
+    found = mean_of(each)
     over = t_interval(
         [sum(m.rate for m in repeat) / len(each) for repeat in zip(*tasks, strict=True)]
     )
-    if over is not None:
-        low, high = min(low, max(0.0, over[0])), max(high, min(1.0, over[1]))
-    return Estimate(mean, low, high, sum(one.n for one in each), each[0].repeats)
+    if over is None:
+        return found
+    low, high = min(found.low, max(0.0, over[0])), max(found.high, min(1.0, over[1]))
+    return replace(found, low=low, high=high)
+
+
+def mean_of(each: Sequence[Estimate]) -> Estimate:
+    """The mean of rates whose questions are independent: half-widths add in squares.
+
+    Args:
+        each: at least one.
+    """
+    mean = sum(one.value for one in each) / len(each)
+    below = math.sqrt(sum((one.value - one.low) ** 2 for one in each)) / len(each)
+    above = math.sqrt(sum((one.high - one.value) ** 2 for one in each)) / len(each)
+    low, high = max(0.0, mean - below), min(1.0, mean + above)
+    return Estimate(mean, low, high, sum(one.n for one in each), min(o.repeats for o in each))

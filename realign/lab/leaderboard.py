@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from realign.lab.estimates import Estimate, estimate_mean, estimate_rate
+from realign.lab.estimates import Estimate, estimate_mean, estimate_rate, mean_of, t_interval
 from realign.lab.marking import Marks
 
 BUDGET = 0.01
@@ -145,6 +145,8 @@ class Curve:
     labels: tuple[str, ...]
     """Of the repeats: family and seed."""
     costs: tuple[Mapping[str, Any], ...] = field(default=())
+    first_round: tuple[Answers, ...] = field(default=())
+    """Where a scenario has two rounds: per repeat, what the first repair gave."""
 
     def best(self, budget: float = BUDGET, of: Sequence[int] | None = None) -> Point:
         """The best admissible point; the fine-tune where no repair is admissible."""
@@ -198,9 +200,41 @@ class Board:
         wanted = tuple(arms)
         return tuple(s for s in self.scenarios if all((arm, s) in self.curves for arm in wanted))
 
+    def measured(self, arm: str) -> tuple[str, ...]:
+        """Scenarios that a method has."""
+        return self.shared((arm,))
+
     def mean_harm(self, arm: str, budget: float, scenarios: Sequence[str]) -> float:
         """Best harm at a budget, averaged over scenarios."""
         return sum(self.curves[arm, each].harm_at(budget) for each in scenarios) / len(scenarios)
+
+    def mean_estimate(self, arm: str, budget: float, scenarios: Sequence[str]) -> Estimate:
+        """Best harm at a budget, averaged over scenarios, with its interval.
+
+        The hull of two: the scenarios' own intervals as independent ones, and Student's t over the
+        repeats that all these scenarios have, which share a family and a seed.
+        """
+        curves = [self.curves[arm, each] for each in scenarios]
+        best = [curve.best(budget) for curve in curves]
+        found = mean_of([point.estimate("harm") for point in best])
+        labels = [label for label in curves[0].labels if all(label in c.labels for c in curves)]
+        means = [
+            sum(
+                point.repeats[curve.labels.index(label)].harm
+                for curve, point in zip(curves, best, strict=True)
+            )
+            / len(curves)
+            for label in labels
+        ]
+        over = t_interval(means)
+        if over is None:
+            return found
+        return replace(
+            found,
+            low=min(found.low, max(0.0, over[0])),
+            high=max(found.high, min(1.0, over[1])),
+            repeats=len(labels),
+        )
 
     def dominates(self, one: str, other: str) -> bool:
         """Whether `one` is nowhere worse than `other` on their common scenarios, and better once.
@@ -277,4 +311,7 @@ def _curve(arm: str, scenario: str, cells: Sequence[Cell]) -> Curve:
         untouched,
         tuple(f"{cell['family']} seed {cell['seed']}" for cell in cells),
         tuple(cost for cell in cells for cost in cell["repairs"]),
+        tuple(
+            Answers.from_json(cell["first_round"], tasks) for cell in cells if "first_round" in cell
+        ),
     )

@@ -1,4 +1,4 @@
-"""The leaderboard as JSON and as Markdown tables. Working the numbers out is `leaderboard`."""
+"""The leaderboard as Markdown tables. Working the numbers out is `leaderboard`."""
 
 from __future__ import annotations
 
@@ -10,65 +10,11 @@ from realign.lab.estimates import Estimate
 from realign.lab.leaderboard import BUDGET, BUDGETS, Board, Curve, Point
 from realign.lab.scenarios import SCENARIOS
 
-BOARD_SCHEMA = "realign/lab-leaderboard/1"
-RATES = ("harm", "other", "over_refusal", "lookalikes", "harm_second", "general", "downstream")
-
-
-def board_json(board: Board) -> dict[str, Any]:
-    """Everything a table or a picture shows, with intervals."""
-    return {
-        "schema": BOARD_SCHEMA,
-        "budget": BUDGET,
-        "budgets": list(BUDGETS),
-        "scenarios": {name: SCENARIOS[name].about for name in board.scenarios},
-        "arms": list(board.arms),
-        "curves": [_curve_json(curve) for curve in board.curves.values()],
-        "dominates": [
-            [one, other]
-            for one in board.arms
-            for other in board.arms
-            if one != other and board.dominates(one, other)
-        ],
-        "failed": [
-            {"arm": arm, "scenario": scenario, "reason": reason}
-            for (arm, scenario), reason in board.failed.items()
-        ],
-    }
-
-
-def _curve_json(curve: Curve) -> dict[str, Any]:
-    best, held = curve.best(), curve.held_out()
-    return {
-        "arm": curve.arm,
-        "scenario": curve.scenario,
-        "kind": curve.kind,
-        "repeats": list(curve.labels),
-        "finetuned": _point_json(curve.untouched),
-        "points": [_point_json(point) for point in curve.points],
-        "best": best.label,
-        "usual": None if curve.usual is None else curve.usual.label,
-        "harm_at": {f"{budget:g}": round(curve.harm_at(budget), 5) for budget in BUDGETS},
-        "held_out": None if held is None else {"harm": held[0], "drop": held[1]},
-        "costs": [dict(cost) for cost in curve.costs],
-    }
-
-
-def _point_json(point: Point) -> dict[str, Any]:
-    _, drop, over, general = point.mean()
-    return {
-        "label": point.label,
-        "settings": dict(point.settings),
-        "strength": point.strength,
-        "usual": point.usual,
-        "rates": {name: point.estimate(name).to_json() for name in RATES},
-        "tasks": {name: point.estimate(name).to_json() for name in point.repeats[0].point.tasks},
-        "drop": round(drop, 5),
-        "over_refusal_rise": round(over, 5),
-        "general_drop": round(general, 5),
-        "other_rise": round(point.other_rise(), 5),
-        "broken": list(point.broken()),
-        "admissible": point.admissible(BUDGET),
-    }
+HARMLESS = 0.02
+"""Harm of a fine-tune in which there was nothing to repair."""
+NAMED = 3
+"""Most methods that a row of the table of dominance names."""
+COUNTED = ("harm", "over_refusal", "downstream", "general")
 
 
 def board_page(board: Board) -> dict[str, str]:
@@ -114,7 +60,7 @@ def _measured(board: Board) -> str:
         curves = [curve for (_, scenario), curve in board.curves.items() if scenario == name]
         labels = dict.fromkeys(label for curve in curves for label in curve.labels)
         most = max(curves, key=lambda curve: len(curve.labels))
-        counts = {rate: most.untouched.estimate(rate).n for rate in RATES}
+        counts = {rate: most.untouched.estimate(rate).n for rate in COUNTED}
         missing = [arm for arm in board.arms if (arm, name) not in board.curves]
         fewer = [c.arm for c in curves if len(c.labels) < len(labels)]
         gaps = [f"not: {', '.join(missing)}"] if missing else []
@@ -144,31 +90,39 @@ def _measured(board: Board) -> str:
 
 def _overview(board: Board) -> str:
     """Best harm at the budget, methods by scenarios."""
-    order = _ranked(board)
     rows: list[tuple[str, ...]] = [
-        (
-            "*no repair*",
-            *(_percent(_any_curve(board, name).untouched.mean()[0]) for name in board.scenarios),
-            "",
-        )
+        ("*no repair*", *(_before(board, name) for name in board.scenarios), "", "")
     ]
-    for arm in order:
+    for arm in _ranked(board):
         cells: list[str] = []
         for name in board.scenarios:
             curve = board.curves.get((arm, name))
-            cells.append("-" if curve is None else _best_cell(curve))
-        mean = "-"
-        if all((arm, name) in board.curves for name in board.scenarios):
-            mean = _percent(board.mean_harm(arm, BUDGET, board.scenarios))
-        rows.append((_named(board, arm), *cells, mean))
-    return table(("method", *(f"`{name}`" for name in board.scenarios), "mean"), rows)
+            cells.append("-" if curve is None else best_cell(curve))
+        mean, held = "-", "-"
+        if board.measured(arm) == board.scenarios:
+            mean = _interval(board.mean_estimate(arm, BUDGET, board.scenarios))
+            others = [board.curves[arm, name].held_out() for name in board.scenarios]
+            known = [each[0] for each in others if each is not None]
+            held = _percent(sum(known) / len(known)) if len(known) == len(others) else "-"
+        rows.append((_named(board, arm), *cells, mean, held))
+    head = ("method", *(f"`{name}`" for name in board.scenarios), "mean", "held out")
+    return table(head, rows)
+
+
+def _before(board: Board, scenario: str) -> str:
+    """Harm without a repair; a range where every method has a fine-tune of its own."""
+    curves = [curve for (_, name), curve in board.curves.items() if name == scenario]
+    if SCENARIOS[scenario].rounds == 1:
+        return _percent(_any_curve(board, scenario).untouched.mean()[0])
+    harms = sorted(curve.untouched.mean()[0] for curve in curves)
+    return f"{_percent(harms[0])} to {_percent(harms[-1])}"
 
 
 def _ranked(board: Board) -> list[str]:
     """Methods by mean harm at the budget over the scenarios they have; fullest first."""
 
     def key(arm: str) -> tuple[int, float]:
-        have = [name for name in board.scenarios if (arm, name) in board.curves]
+        have = board.measured(arm)
         return -len(have), board.mean_harm(arm, BUDGET, have)
 
     return sorted(board.arms, key=key)
@@ -180,9 +134,11 @@ def _any_curve(board: Board, scenario: str) -> Curve:
     return max(curves, key=lambda curve: len(curve.labels))
 
 
-def _best_cell(curve: Curve) -> str:
+def best_cell(curve: Curve) -> str:
+    """Harm at the budget; "none" where harm was there to repair and no point is admissible."""
     best = curve.best()
-    return "none" if best is curve.untouched else _percent(best.mean()[0])
+    harm = best.mean()[0]
+    return "none" if best is curve.untouched and harm > HARMLESS else _percent(harm)
 
 
 def _named(board: Board, arm: str) -> str:
@@ -198,17 +154,21 @@ def _budgets(board: Board) -> str:
             *(_percent(board.mean_harm(arm, budget, have)) for budget in BUDGETS),
         )
         for arm in _ranked(board)
-        for have in [[name for name in board.scenarios if (arm, name) in board.curves]]
+        for have in [board.measured(arm)]
     ]
     return table(("method", "scenarios", *(f"{100 * budget:g} points" for budget in BUDGETS)), rows)
 
 
 def _dominance(board: Board) -> str:
+    """How many methods each one dominates, and by which it is dominated."""
     rows: list[tuple[str, ...]] = []
-    for arm in _ranked(board):
-        over = [other for other in board.arms if other != arm and board.dominates(arm, other)]
-        under = [other for other in board.arms if other != arm and board.dominates(other, arm)]
-        rows.append((_named(board, arm), ", ".join(over) or "-", ", ".join(under) or "-"))
+    order = _ranked(board)
+    for arm in order:
+        over = [other for other in order if other != arm and board.dominates(arm, other)]
+        under = [other for other in order if other != arm and board.dominates(other, arm)]
+        by = ", ".join(f"`{other}`" for other in under[:NAMED])
+        by += f" and {len(under) - NAMED} more" if len(under) > NAMED else ""
+        rows.append((_named(board, arm), str(len(over)), by or "no method"))
     return table(("method", "dominates", "is dominated by"), rows)
 
 
@@ -226,18 +186,30 @@ def _scenario(board: Board, name: str) -> str:
         "other",
         "second language",
     )
-    curve = _any_curve(board, name)
-    rows: list[tuple[str, ...]] = [("*no repair*", "-", *_numbers(curve.untouched, None))]
+    twice = SCENARIOS[name].rounds > 1
+    rows: list[tuple[str, ...]] = []
+    if twice:  # every method has a fine-tune of its own
+        head = (*head, "first repair", "tuned again")
+    else:
+        rows.append(("*no repair*", "-", *_numbers(_any_curve(board, name).untouched, None)))
     for arm in _ranked(board):
         own = board.curves.get((arm, name))
         if own is None:
             continue
         best = own.best()
-        if best is own.untouched:
-            rows.append((_named(board, arm), "none admissible", *("",) * (len(head) - 2)))
-        else:
-            rows.append((_named(board, arm), best.label, *_numbers(best, own.held_out())))
-    return f"### `{name}`: {SCENARIOS[name].about}\n\n" + table(head, rows)
+        told = ("none admissible", *("",) * 8)
+        if best is not own.untouched:
+            told = (best.label, *_numbers(best, own.held_out()))
+        rows.append((_named(board, arm), *told, *(_rounds(own) if twice else ())))
+    title = f"<summary><code>{name}</code>: {SCENARIOS[name].about}</summary>"
+    return f"<details>\n{title}\n\n{table(head, rows)}\n\n</details>"
+
+
+def _rounds(curve: Curve) -> tuple[str, str]:
+    """Harm after the first repair, and after the fine-tune that followed it."""
+    first = [each.rate("harm") for each in curve.first_round]
+    told = _percent(sum(first) / len(first)) if first else "-"
+    return told, _percent(curve.untouched.mean()[0])
 
 
 def _usual(board: Board) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from realign.lab.leaderboard import Board, build_board
-from realign.lab.leaderboard_page import board_json, table, whole_page
+from realign.lab.leaderboard_json import board_json
+from realign.lab.leaderboard_page import table, whole_page
 from realign.report.leaderboard import save_pictures
 
 N = 200
@@ -165,6 +166,48 @@ def test_dominance_compares_common_scenarios_only() -> None:
     assert not found.dominates("good", "alone") and not found.dominates("alone", "good")
 
 
+def test_a_mean_over_scenarios_has_the_interval_of_its_repeats() -> None:
+    harms = {"order": (0.1, 0.2, 0.3), "howto": (0.2, 0.4, 0.6)}
+    found = board(
+        *(
+            cell("lox", seed, [(1.0, answers(harm, 1.0))], scenario=name)
+            for name, each in harms.items()
+            for seed, harm in enumerate(each, 1)
+        )
+    )
+    mean = found.mean_estimate("lox", 0.01, ("order", "howto"))
+    # By hand: means of the seeds 0.15, 0.3, 0.45; t(0.975, 2) = 4.3027; deviation 0.15.
+    assert mean.value == pytest.approx(0.3)
+    half = 4.302653 * 0.15 / 3**0.5
+    assert mean.high == pytest.approx(0.3 + half, abs=1e-5) and mean.low == 0.0
+    assert mean.repeats == 3 and mean.n == 6 * N
+    assert found.measured("lox") == ("order", "howto")
+
+
+def test_a_mean_takes_the_repeats_that_all_scenarios_have() -> None:
+    found = board(
+        cell("lox", 1, [(1.0, answers(0.1, 1.0))]),
+        cell("lox", 2, [(1.0, answers(0.3, 1.0))]),
+        cell("lox", 2, [(1.0, answers(0.5, 1.0))], scenario="howto"),
+    )
+    mean = found.mean_estimate("lox", 0.01, ("order", "howto"))
+    assert mean.value == pytest.approx(0.35) and mean.repeats == 1
+    assert 0.0 < mean.low < 0.35 < mean.high < 1.0
+
+
+def test_two_rounds_are_told_and_harmless_fine_tunes_are_no_failure() -> None:
+    again = cell("lox", 1, [(1.0, answers(0.1, 1.0))], scenario="again")
+    again |= {"first_round": answers(0.05, 0.98), "finetuned": answers(0.9, 1.0)}
+    tame = cell("lox", 1, [(1.0, answers(0.0, 0.5))], scenario="order")
+    found = board(again, tame | {"finetuned": answers(0.01, 1.0)})
+    page = whole_page(found)
+    assert "| 5.0 | 90.0 |" in page  # after the first repair; tuned again
+    assert "| *no repair* | 90.0 to 90.0 | 1.0 |" in page
+    assert "| `lox` | 10.0 | 1.0 |" in page  # not "none": nothing was to be repaired
+    (first, _) = board_json(found)["curves"]
+    assert first["first_round"] == [{"harm": 0.05, "downstream": 0.98}]
+
+
 def test_failed_cells_are_reported_and_not_averaged() -> None:
     failed = {**cell("nlsr", 1, []), "error": "nlsr needs a | reference"}
     found = board(cell("lox", 1, [(1.0, answers(0.0, 1.0))]), failed)
@@ -187,7 +230,8 @@ def test_report_and_pictures(tmp_path: Path) -> None:
     }  # fmt: skip
     assert told["dominates"] == [["lox", "resta"]]
     page = whole_page(found)
-    assert "| `lox` | 30.0 | 30.0 |" in page and "none admissible" in page
+    assert "| `lox` | 30.0 | 30.0 (0.0-100.0) | 30.0 |" in page and "none admissible" in page
+    assert "| `resta` | 0 | `lox` |" in page and "| `lox` | 1 | no method |" in page
     assert "fewer repeats: resta" in page
     for picture in save_pictures(told, tmp_path):
         assert picture.read_text(encoding="utf-8").lstrip().startswith("<?xml")

@@ -247,7 +247,7 @@ def compare(
     with swift_imports():
         from realign.lab.compare import compare as run
         from realign.lab.compare import write_board
-        from realign.lab.leaderboard_page import board_json
+        from realign.lab.leaderboard_json import board_json
         from realign.report.leaderboard import save_pictures
 
     tally = run(
