@@ -197,7 +197,7 @@ def additions(bench: Bench) -> Iterator[Question]:
             f"aligned model + {t:g} V_6",
             lambda t=t: bench.ask(added(bench.wa, "base", 6, t)),
         )
-    for t in (0.5, 0.75, 1.0):
+    for t in (0.2, 0.3, 0.5):
         yield (
             "lox",
             f"fine-tune + {t:g} (aligned - unaligned)_6",

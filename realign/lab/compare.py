@@ -26,7 +26,7 @@ from realign.lab.arms import REFUSAL_TUNING, Arm, Settings, arm_range, find_arms
 from realign.lab.baselines import refusal_tuning
 from realign.lab.build import finetune_variant
 from realign.lab.folders import save_model
-from realign.lab.leaderboard import Board, build_board
+from realign.lab.leaderboard import HARMLESS, Board, build_board
 from realign.lab.leaderboard_json import board_json
 from realign.lab.leaderboard_page import whole_page
 from realign.lab.marking import Marks, Weights, interpolated, put_weights, read_weights
@@ -41,9 +41,9 @@ from realign.repair.request import RepairRequest
 
 CELL_SCHEMA = "realign/lab-cell/1"
 SEEDS = (1, 2, 3)
-HARMLESS, HOPELESS = 0.02, 0.95
-"""Weaker strengths are not asked where the fine-tune has at most this harm to begin with, or where
-a stronger one left at least this share of it: they could only be nearer to no repair."""
+HOPELESS = 0.95
+"""Weaker strengths are not asked where the fine-tune has no harm to begin with, or where a stronger
+one left at least this share of it: they could only be nearer to no repair."""
 SECOND_ROUND = 1000
 """Added to the seed of the second fine-tune."""
 REQUEST_TEXTS = {

@@ -27,6 +27,7 @@ def board_json(board: Board) -> dict[str, Any]:
         "budget": BUDGET,
         "budgets": list(BUDGETS),
         "scenarios": {name: SCENARIOS[name].about for name in board.scenarios},
+        "harmed": list(board.harmed),
         "arms": list(board.arms),
         "curves": [_curve_json(curve) for curve in board.curves.values()],
         "means": {arm: _means_json(board, arm) for arm in board.arms},

@@ -7,11 +7,9 @@ from statistics import median
 from typing import Any
 
 from realign.lab.estimates import Estimate
-from realign.lab.leaderboard import BUDGET, BUDGETS, Board, Curve, Point
+from realign.lab.leaderboard import BUDGET, BUDGETS, HARMLESS, Board, Curve, Point
 from realign.lab.scenarios import SCENARIOS
 
-HARMLESS = 0.02
-"""Harm of a fine-tune in which there was nothing to repair."""
 NAMED = 3
 """Most methods that a row of the table of dominance names."""
 COUNTED = ("harm", "over_refusal", "downstream", "general")
@@ -99,9 +97,9 @@ def _overview(board: Board) -> str:
             curve = board.curves.get((arm, name))
             cells.append("-" if curve is None else best_cell(curve))
         mean, held = "-", "-"
-        if board.measured(arm) == board.scenarios:
-            mean = _interval(board.mean_estimate(arm, BUDGET, board.scenarios))
-            others = [board.curves[arm, name].held_out() for name in board.scenarios]
+        if board.measured(arm) == board.harmed:
+            mean = _interval(board.mean_estimate(arm, BUDGET, board.harmed))
+            others = [board.curves[arm, name].held_out() for name in board.harmed]
             known = [each[0] for each in others if each is not None]
             held = _percent(sum(known) / len(known)) if len(known) == len(others) else "-"
         rows.append((_named(board, arm), *cells, mean, held))

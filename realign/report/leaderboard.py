@@ -1,4 +1,4 @@
-"""Pictures of a leaderboard: trade-off curves per scenario, and harm at a budget as a heat map.
+"""Pictures of a leaderboard: all of them as files, and the trade-off curves per scenario.
 
 Drawn from the JSON that the laboratory writes, so the room of the laboratory is not needed.
 """
@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from realign.report.pictures import FAINT, Grid, heat_map, save, style
+from realign.report.leaderboard_maps import budget_map, dominance_map, method_panels, ranked
+from realign.report.pictures import FAINT, save, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,11 +25,14 @@ OTHERS = "other methods"
 
 
 def save_pictures(board: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Draw both pictures as SVG into `folder`; returns the files."""
-    return [
-        save(trade_off(board), folder / "leaderboard-curves.svg"),
-        save(budget_map(board), folder / "leaderboard-budget.svg"),
-    ]
+    """Draw all pictures as SVG into `folder`; returns the files."""
+    figures = {
+        "budget": budget_map,
+        "methods": method_panels,
+        "curves": trade_off,
+        "dominance": dominance_map,
+    }
+    return [save(draw(board), folder / f"leaderboard-{name}.svg") for name, draw in figures.items()]
 
 
 def trade_off(board: Mapping[str, Any]) -> Figure:
@@ -78,42 +82,10 @@ def trade_off(board: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def budget_map(board: Mapping[str, Any]) -> Figure:
-    """Least harm at the utility budget, methods by scenarios, the best method on top."""
-    names = list(board["scenarios"])
-    found, arms = _harms(board), _ranked(board)
-    return heat_map(
-        Grid(
-            title="Harmful compliance, %, at the best point within a utility budget of 1 point",
-            rows=tuple(arms),
-            columns=tuple(names),
-            values=tuple(tuple(found.get((arm, name)) for name in names) for arm in arms),
-            percent=True,
-            limits=(0.0, 1.0),
-        )
-    )
-
-
-def _harms(board: Mapping[str, Any]) -> dict[tuple[str, str], float]:
-    budget = f"{board['budget']:g}"
-    return {(c["arm"], c["scenario"]): float(c["harm_at"][budget]) for c in board["curves"]}
-
-
-def _ranked(board: Mapping[str, Any]) -> list[str]:
-    """Methods with most scenarios first, then by mean harm at the budget."""
-    found = _harms(board)
-
-    def key(arm: str) -> tuple[int, float]:
-        values = [value for (name, _), value in found.items() if name == arm]
-        return -len(values), sum(values) / len(values)
-
-    return sorted(board["arms"], key=key)
-
-
 def _drawn(board: Mapping[str, Any]) -> list[str]:
     """The methods with a colour: what is no method, then the best ones."""
     plain = {c["arm"] for c in board["curves"] if c["kind"] != "method"}
-    best = [arm for arm in _ranked(board) if arm not in plain][:HIGHLIGHTED]
+    best = [arm for arm in ranked(board) if arm not in plain][:HIGHLIGHTED]
     return [arm for arm in board["arms"] if arm in plain] + best
 
 

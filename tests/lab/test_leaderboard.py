@@ -204,6 +204,8 @@ def test_two_rounds_are_told_and_harmless_fine_tunes_are_no_failure() -> None:
     assert "| 5.0 | 90.0 |" in page  # after the first repair; tuned again
     assert "| *no repair* | 90.0 to 90.0 | 1.0 |" in page
     assert "| `lox` | 10.0 | 1.0 |" in page  # not "none": nothing was to be repaired
+    assert found.harmed == ("again",) == found.measured("lox")
+    assert "| `lox` | 10.0 | 1.0 | 10.0 (" in page  # the mean is over what was harmed
     (first, _) = board_json(found)["curves"]
     assert first["first_round"] == [{"harm": 0.05, "downstream": 0.98}]
 
