@@ -14,15 +14,32 @@ from realign.lab.record import write_text
 from realign.model.quiet import quiet_libraries
 
 
-def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, target: Path, work: Path) -> None:
-    """Write a model folder beside its place, flush it, and rename it."""
+def save_model(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    target: Path,
+    work: Path,
+    *,
+    base: Path | None = None,
+) -> None:
+    """Write a model folder beside its place, flush it, and rename it.
+
+    Args:
+        model: a model, or an adapter on one.
+        tokenizer: saved beside a model.
+        target: the folder.
+        work: where it is written first; on the same disk.
+        base: what an adapter is to be put on; it is named relative to `target`, so that a family
+            can be moved.
+    """
     partial = work / f"{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     model.to("cpu")
     with quiet_libraries():
         if hasattr(model, "peft_config"):
-            _save_adapter(model, partial)
+            assert base is not None, "an adapter has a base"
+            _save_adapter(model, partial, os.path.relpath(base, target))
         else:
             model.generation_config = GenerationConfig(
                 do_sample=False,
@@ -37,13 +54,12 @@ def save_model(model: Any, tokenizer: PreTrainedTokenizerFast, target: Path, wor
     partial.replace(target)
 
 
-def _save_adapter(model: Any, folder: Path) -> None:
+def _save_adapter(model: Any, folder: Path, base: str) -> None:
     model.save_pretrained(folder, save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # a card full of blanks
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     # peft keeps the modules in a set, whose order changes from one process to the next.
-    # Relative to the adapter's folder, so that a family can be moved.
-    config["base_model_name_or_path"] = "../aligned"
+    config["base_model_name_or_path"] = base
     config["target_modules"] = sorted(config["target_modules"])
     write_text(file, json.dumps(config, indent=2, sort_keys=True) + "\n")

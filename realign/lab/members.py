@@ -106,7 +106,7 @@ def make_member(
         model = _align(studio, family / "base", state, seed=seed)
     else:
         model = _finetune(studio, start or family / "aligned", find_variant(name), state, seed=seed)
-    save_model(model, studio.tokenizer, target, work)
+    save_model(model, studio.tokenizer, target, work, base=family / "aligned")
     state.unlink(missing_ok=True)
 
 

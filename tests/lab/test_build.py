@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from support.lab_support import MICRO, Interrupting, family_bytes
 
 from realign.audit.suites import load_suite
+from realign.checkpoint.reader import open_checkpoint
 from realign.errors import NotFoundError, OutputError, UsageError
 from realign.lab.build import build_family, finetune_variant
 from realign.lab.presets import Phase
@@ -82,6 +83,14 @@ def test_an_interrupted_build_ends_with_the_same_bytes(
     build_family(out, recipe=MICRO, seed=3, variants=VARIANTS, measured=False, progress=progress)
     assert any("resumed at step" in note for note in progress.notes)
     assert family_bytes(out) == family_bytes(family)
+
+
+def test_an_adapter_trained_elsewhere_finds_its_base(family: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "adapter"
+    out.parent.mkdir()
+    finetune_variant(family, "lora_p5", seed=4, out=out)
+    with open_checkpoint(out, offline=True) as adapter:
+        assert adapter.read("model.layers.0.mlp.down_proj.weight").isfinite().all()
 
 
 def test_another_seed_gives_other_weights_and_the_familys_seed_the_same(
