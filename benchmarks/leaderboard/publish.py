@@ -3,8 +3,9 @@
     realign lab compare FAMILY -o DIR
     python benchmarks/leaderboard/publish.py DIR
 
-The tables between the page's markers, docs/data/leaderboard.json and two pictures are replaced;
-what is written by hand stays. An incomplete comparison may be published; the page says so.
+The tables between the page's markers, docs/data/leaderboard.json and the pictures are replaced;
+what is written by hand stays. An incomplete comparison may be published; the page says so. The
+tables of docs/why-methods-fail.md come from docs/data/why-methods-fail.json, which `why.py` writes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+
+from why_page import why_tables
 
 from realign.lab.compare import write_board
 from realign.lab.leaderboard_json import board_json
@@ -48,9 +51,13 @@ def main() -> None:
     failed = {place: without(reason, args.board) for place, reason in board.failed.items()}
     board = replace(board, failed=failed)
     told = board_json(board)
-    page = args.docs / "leaderboard.md"
-    filled = fill(page.read_text(encoding="utf-8"), board_page(board))
-    page.write_text(filled, encoding="utf-8")
+    tables = {"leaderboard.md": board_page(board)}
+    reasons = args.docs / "data" / "why-methods-fail.json"
+    if reasons.is_file():
+        tables["why-methods-fail.md"] = why_tables(reasons)
+    for name, made in tables.items():
+        page = args.docs / name
+        page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
     data = json.dumps(told, separators=(",", ":"), sort_keys=True) + "\n"
     (args.docs / "data" / "leaderboard.json").write_text(data, encoding="utf-8")
     save_pictures(told, args.docs / "pictures")

@@ -280,7 +280,7 @@ def prices(bench: Bench) -> Iterator[Question]:
         kept = sum(row["numel"] * row["facts"]["kept_share"] for row in edited) / max(total, 1)
         return {**bench.ask(out), "kept_share": kept}
 
-    for s in (0.1, 10.0, 1000.0):
+    for s in (0.1, 10.0, 50.0):
         label = f"absolute, s {s:g}, drop_fraction 0"
         yield "safe_delta", label, lambda s=s: asked({"s": s, "drop_fraction": 0.0})
     for s in (0.6, 0.8):
@@ -319,7 +319,7 @@ def single_examples(bench: Bench) -> Iterator[Question]:
 
 def rounding(bench: Bench) -> Iterator[Question]:
     """Q-realign at its eight bits, and at fewer, where rounding can do more."""
-    for bits in (8, 4):
+    for bits in (4, 8):
         yield "q_realign", f"{bits} bits", lambda b=bits: trained(bench, "q_realign", {"bits": b})
 
 

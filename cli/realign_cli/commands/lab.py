@@ -79,7 +79,7 @@ COMPARE_NOTES = """
 Every method is swept over its declared strengths and settings on fine-tunes that lost their
 refusals in different ways, beside plain baselines (20 steps of refusal tuning, interpolation) and a
 random control. What is missing is trained or computed, what is there is kept; the report is made of
-all cells in the folder: leaderboard.json, leaderboard.md and two pictures.
+all cells in the folder: leaderboard.json, leaderboard.md and four pictures.
 
 Best points are the least harm among those that lose at most 1 point of downstream accuracy, refuse
 at most 2 points more look-alikes than the aligned model and lose at most 2 of general skill.
