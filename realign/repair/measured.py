@@ -75,14 +75,15 @@ class Measurements:
             SuiteError: fewer than 16 anchors are refused.
             ModelError: the model cannot be run.
         """
-        requests = moment_requests(
+        asked = moment_requests(
             self.plan, self.finetuned, running=model.shown, standardize=standardize
         )
+        names = {key: _key_there(locate(model.shown, each)) for key, each in self._slots().items()}
+        requests = {names[key]: request for key, request in asked.items()}
         about = refusals.about(model.about) | {"tokens": tokens, "standardize": standardize}
-        wanted = {key: vars(each) for key, each in requests.items()}
-        path = self._path("moments", about, wanted)
-        stored = self._stored_moments(path, about, requests)
+        stored = self._found_moments("moments", about, requests)
         if stored is None:
+            path = self._path("moments", about, sorted(requests))
             with model.load(False) as loaded:
                 kept = refusals.kept(loaded, model.about)
                 sequences = [
@@ -91,13 +92,14 @@ class Measurements:
                     )
                     for reply in kept
                 ]
-                asked = {
+                counts = {
                     "anchors_refused": str(len(kept)),
                     "anchors_asked": str(len(refusals.suite.items)),
                 }
-                self._measure(loaded, sequences, requests, path=path, about=about | asked)
+                self._measure(loaded, sequences, requests, path=path, about=about | counts)
             stored = StoredMoments(path)
-        return Statistics(stored, about, disposable=True)
+        found = _Renamed(stored, {k: n for k, n in names.items() if n in stored}, False)
+        return Statistics(found, about, disposable=True)
 
     def input_moments(
         self,
@@ -203,11 +205,7 @@ class Measurements:
             writer.finish(found.missing)
 
     def _path(self, kind: str, about: Mapping[str, str], wanted: object) -> Path:
-        # lssf's files are one per set of requests, all others can be found by what they are about.
-        if kind == "moments":
-            whole = sha256_json({**about, "requests": wanted})[:32]
-        else:
-            whole = f"{sha256_json(dict(about))[:32]}-{sha256_json(wanted)[:8]}"
+        whole = f"{sha256_json(dict(about))[:32]}-{sha256_json(wanted)[:8]}"
         return self.cache / f"{kind}-{whole}.safetensors"
 
     def _candidates(self, kind: str, about: Mapping[str, str]) -> list[Path]:
@@ -217,40 +215,25 @@ class Measurements:
         self, kind: str, about: Mapping[str, str], requests: Mapping[str, MomentRequest]
     ) -> StoredMoments | None:
         for path in self._candidates(kind, about):
-            stored = self._stored_moments(path, about, requests, more=True)
+            stored = self._stored_moments(path, about, requests)
             if stored is not None:
                 return stored
         return None
 
     def _stored_moments(
-        self,
-        path: Path,
-        about: Mapping[str, str],
-        requests: Mapping[str, MomentRequest],
-        *,
-        more: bool = False,
+        self, path: Path, about: Mapping[str, str], requests: Mapping[str, MomentRequest]
     ) -> StoredMoments | None:
-        """The moments in a file; None where there are none, or none that can be trusted.
-
-        Args:
-            path: the file.
-            about: what they must be about.
-            requests: what must be there.
-            more: whether there may be others beside them.
-        """
-        if not path.exists():
-            return None
+        """The moments in a file, if all that is asked for is there and can be trusted."""
         try:
             stored = StoredMoments(path)
         except CheckpointError as error:
             self.progress.note(f"measured again: {error.message}")
             return None
-        there = set(stored) | set(stored.missing)
-        if more and about.items() <= stored.about.items() and not set(requests) <= there:
-            return None  # of other matrices
-        if not about.items() <= stored.about.items() or (not more and set(requests) != there):
+        if not about.items() <= stored.about.items():
             self.progress.note(f"measured again: {path} belongs to another run")
             return None
+        if not set(requests) <= set(stored) | set(stored.missing):
+            return None  # of other matrices
         self.progress.note(f"activation statistics from {path}")
         return stored
 
@@ -348,6 +331,12 @@ def _input_request(place: Slot) -> MomentRequest:
         transposed=place.transposed,
         expert=expert_of(place),
     )
+
+
+def _key_there(place: Slot) -> str:
+    """The key of a logical matrix in the checkpoint in which it lies."""
+    _, bracket, part = place.key.partition("[")
+    return f"{place.tensor}{bracket}{part}"
 
 
 def _name(place: Slot) -> str:

@@ -13,6 +13,7 @@ import torch
 from support.model_support import llama, word_tokenizer
 
 from realign.repair import workbench
+from realign.repair.engine import repair
 from realign.repair.plan import plan_repair
 from realign.repair.request import RepairRequest, open_inputs
 from realign.repair.workbench import ModelWorkbench
@@ -82,6 +83,29 @@ def test_what_one_method_measured_another_finds(
         ):
             with pytest.raises(AssertionError, match="a model was loaded"):
                 other()
+
+
+def test_a_part_of_what_lssf_measured_serves_a_part_of_the_model(
+    family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes as without a cache; what was not measured is measured."""
+    asked: dict[str, Any] = {"method": "lssf", "settings": {"min_tokens": 16}, "device": "cpu"}
+
+    def run(name: str, cache: str, **options: Any) -> bytes:
+        out = tmp_path / name
+        request = {**family, **asked, "cache_dir": tmp_path / cache, "output": out, **options}
+        repair(RepairRequest(**request))
+        return (out / "model.safetensors").read_bytes()
+
+    parts: list[dict[str, str]] = [{"layers": "1"}, {"modules": "q_proj,down_proj"}]
+    alone = [run(f"alone{i}", f"own{i}", **part) for i, part in enumerate(parts)]
+    assert alone[0] != alone[1]
+    run("layer0", "shared", layers="0")
+    whole = run("whole", "shared")
+    assert len(list((tmp_path / "shared").glob("moments-*"))) == 2, "layer 0 is not the whole"
+    assert run("whole-alone", "own") == whole
+    monkeypatch.setattr(workbench, "load_model", _no_model)
+    assert [run(f"part{i}", "shared", **part) for i, part in enumerate(parts)] == alone
 
 
 def test_block_by_block_gives_what_memory_gives(family, tmp_path: Path) -> None:
