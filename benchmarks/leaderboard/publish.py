@@ -4,7 +4,8 @@
     python benchmarks/leaderboard/publish.py DIR
 
 The tables between the page's markers, docs/data/leaderboard.json and the pictures are replaced;
-what is written by hand stays. An incomplete comparison may be published; the page says so. The
+what is written by hand stays. An incomplete comparison may be published; the page says so; with
+--whole a fine-tune counts only when every method has repaired it. The
 tables of docs/why-methods-fail.md come from docs/data/why-methods-fail.json, which `why.py` writes.
 """
 
@@ -13,12 +14,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from why_page import why_tables
 
-from realign.lab.compare import write_board
+from realign.lab.compare import make_board, read_cells
+from realign.lab.leaderboard import Cell
 from realign.lab.leaderboard_json import board_json
 from realign.lab.leaderboard_page import board_page
 from realign.report.leaderboard import save_pictures
@@ -36,6 +39,16 @@ def fill(page: str, tables: dict[str, str]) -> str:
     return page
 
 
+def whole(cells: Sequence[Cell], but: Sequence[str]) -> list[Cell]:
+    """The cells of those fine-tunes that every method has repaired: means over the same ones."""
+    wanted = {str(cell["arm"]) for cell in cells} - set(but)
+    had: dict[tuple[str, str, int], set[str]] = {}
+    for cell in cells:
+        had.setdefault((cell["family"], cell["scenario"], cell["seed"]), set()).add(cell["arm"])
+    full = {place for place, arms in had.items() if wanted <= arms}
+    return [cell for cell in cells if (cell["family"], cell["scenario"], cell["seed"]) in full]
+
+
 def without(reason: str, folder: Path) -> str:
     """A reason that names no place on the machine where it was met."""
     return reason.replace(f"{folder}/", "").replace(f"{folder.resolve()}/", "")
@@ -46,8 +59,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("board", type=Path)
     parser.add_argument("--docs", type=Path, default=DOCS)
+    parser.add_argument("--whole", action="store_true", help="only fine-tunes that all methods had")
+    parser.add_argument("--but", default="", help="methods that --whole does not wait for")
     args = parser.parse_args()
-    board = write_board(args.board)
+    cells = read_cells(args.board)
+    board = make_board(whole(cells, args.but.split(",")) if args.whole else cells)
     failed = {place: without(reason, args.board) for place, reason in board.failed.items()}
     board = replace(board, failed=failed)
     told = board_json(board)

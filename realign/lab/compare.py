@@ -384,11 +384,15 @@ def read_cells(out: str | Path) -> list[dict[str, Any]]:
     return [cell for cell in cells if cell.get("schema") == CELL_SCHEMA]
 
 
+def make_board(cells: Sequence[Mapping[str, Any]]) -> Board:
+    """Work out the leaderboard of cells, scenarios in their own order."""
+    names = [each.name for each in find_scenarios({str(cell["scenario"]) for cell in cells})]
+    return build_board(cells, names)
+
+
 def write_board(out: str | Path) -> Board:
     """Work out the leaderboard of all cells in a folder; write it there as JSON and Markdown."""
-    cells = read_cells(out)
-    names = [each.name for each in find_scenarios({str(cell["scenario"]) for cell in cells})]
-    board = build_board(cells, names)
+    board = make_board(read_cells(out))
     Path(out).mkdir(parents=True, exist_ok=True)
     write_json(Path(out) / "leaderboard.json", board_json(board))
     write_text(Path(out) / "leaderboard.md", whole_page(board))
