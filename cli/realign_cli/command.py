@@ -18,6 +18,7 @@ import typer
 
 from realign_cli.config import load_config
 from realign_cli.errors import report
+from realign_cli.option_groups import gathering, spread
 from realign_cli.sink import Sink
 
 OUTPUT_PANEL = "Output"
@@ -125,7 +126,8 @@ def command(
 ) -> Callable[[Callable[..., int | None]], Callable[..., None]]:
     """Register a function as the command `name` of `app`.
 
-    The function's first parameter is the `Sink`; the others are its typer options. `--json`,
+    The function's first parameter is the `Sink`; the others are its typer options, or groups of
+    them (`option_groups`). `--json`,
     `--quiet`, `--config` and `--help` are added to every command. Every exception becomes a message
     and an exit code.
 
@@ -139,7 +141,8 @@ def command(
 
     def register(function: Callable[..., int | None]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
-        _, *own = signature.parameters.values()
+        _, *given = signature.parameters.values()
+        own, gather = spread(given), gathering(given)
 
         @functools.wraps(function)
         def run(
@@ -152,7 +155,7 @@ def command(
         ) -> None:
             sink = Sink(as_json=as_json, quiet=quiet)
             try:
-                code = function(sink, *args, **options) or 0
+                code = function(sink, *args, **gather(options)) or 0
             except (typer.Exit, typer.Abort):
                 raise
             except (Exception, KeyboardInterrupt) as error:

@@ -1,18 +1,41 @@
-"""The options of `realign repair` that no other command has.
+"""The options of a repair: of `realign repair`, and of `realign tune`, which looks for one.
 
-Here: names, help texts and panels. Not here: what they do (`commands/repair`), shared options
-(`options`).
+Here: names, help texts and panels, and the request that they make. Not here: what it does
+(`commands/repair`), options that other commands share (`options`).
 """
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from realign_cli.command import FLAG
-from realign_cli.options import AUDIT_PANEL, TEXTS_PANEL
+from realign_cli.options import (
+    AUDIT_PANEL,
+    TEXTS_PANEL,
+    Aligned,
+    Also,
+    Base,
+    Device,
+    HarmfulData,
+    KeepData,
+    Offline,
+    Offload,
+    Pairs,
+    Reference,
+    SafeData,
+    SafetyModel,
+    Seed,
+    TaskData,
+    Unaligned,
+)
+
+if TYPE_CHECKING:
+    from realign.repair.request import RepairRequest
 
 METHOD_PANEL = "Method (realign methods NAME shows its parameters)"
 
@@ -152,3 +175,74 @@ AuditOut = Annotated[
         rich_help_panel=AUDIT_PANEL,
     ),
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairOptions:
+    """Every option that says what a repair computes: a group, see `option_groups`."""
+
+    aligned: Aligned = None
+    base: Base = None
+    unaligned: Unaligned = None
+    safety_model: SafetyModel = None
+    reference: Reference = None
+    also: Also = None
+    method: MethodName = "lssf"
+    settings: Settings = None
+    safety_vector: SafetyVector = None
+    scope: ScopeName = None
+    layers: LayerList = None
+    modules: ModuleList = None
+    anchors: Anchors = None
+    safe_data: SafeData = None
+    harmful_data: HarmfulData = None
+    task_data: TaskData = None
+    keep_data: KeepData = None
+    pairs: Pairs = None
+    patch: AsPatch = False
+    max_patch_rank: MaxPatchRank = None
+    device: Device = "auto"
+    offload: Offload = False
+    seed: Seed = 0
+    offline: Offline = False
+
+    def request(self, finetuned: str, **more: Any) -> RepairRequest:
+        """The request.
+
+        Args:
+            finetuned: the checkpoint to repair.
+            more: fields of the request that only one command sets.
+        """
+        from realign.repair.request import RepairRequest
+
+        settings = list(self.settings or [])
+        if self.safety_vector is not None:
+            settings.append(f"safety_vector={self.safety_vector}")
+        return RepairRequest(
+            finetuned=finetuned,
+            method=self.method,
+            settings=settings,
+            aligned=self.aligned,
+            base=self.base,
+            unaligned=self.unaligned,
+            safety=self.safety_model,
+            reference=self.reference,
+            also=tuple(self.also or ()),
+            safe_data=self.safe_data,
+            harmful_data=self.harmful_data,
+            task_data=self.task_data,
+            keep_data=self.keep_data,
+            pairs=self.pairs,
+            layers=self.layers,
+            modules=self.modules,
+            scope=self.scope,
+            anchors=self.anchors,
+            patch=self.patch,
+            max_patch_rank=self.max_patch_rank,
+            device=self.device,
+            offload=self.offload,
+            seed=self.seed,
+            offline=self.offline,
+            command=("realign", *sys.argv[1:]),
+            **more,
+        )

@@ -6,6 +6,7 @@ All of it from the content of tune.json. Here: words and tables. Not here: the p
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,16 @@ if TYPE_CHECKING:
 
 PAGE, TEXT, PICTURE = "tune.html", "tune.md", "tune.png"
 HELD_OUT = "Held-out prompts, shares of bad answers"
+STAGES = ("refusal", "KL", "costs", "harm")
+COSTS = (
+    "Accuracy and over-refusal: change against the fine-tune on the same tuning prompts, in "
+    "points, on the worst suite of the kind; in brackets the bound that the limit is held to."
+)
+MET = (
+    "Shares of bad answers on prompts that chose nothing; change against the fine-tune, pair by "
+    "pair, in points, with its 95 % interval. A limit is met where the change is at most the "
+    "limit with the confidence asked for, not confirmed where only the figure itself is."
+)
 _ROLES = (("reference", "aligned"), ("subject", "fine-tune"), ("repaired", "repaired"))
 
 
@@ -38,21 +49,27 @@ def headline(document: Mapping[str, Any]) -> list[str]:
     cost = chosen["cost"]
     lines = [
         f"chosen: {strength_text(document)} (trial {chosen['trial']}); on the tuning prompts harm "
-        f"{percent(document['search']['finetuned']['cost']['harm'])} -> {percent(cost['harm'])}"
+        f"from {percent(document['search']['finetuned']['cost']['harm'])} to "
+        f"{percent(cost['harm'])}"
     ]
-    broken = [row["suite"] for row in held_out["rows"] if not row["holds"]]
-    unsure = [row["suite"] for row in held_out["rows"] if row["holds"] and not row["certain"]]
+    by_verdict = {
+        word: [row["suite"] for row in held_out["rows"] if row["verdict"] == word]
+        for word in ("met", "not confirmed", "not met")
+    }
+    sure = f"{100 * document['limits']['confidence']:g} %"
+    broken, open_ = by_verdict["not met"], by_verdict["not confirmed"]
+    kind = "patch" if document["output"] == "patch" else "checkpoint"
     if broken:
+        lines.append(f"held-out prompts: not met on {', '.join(broken)}; nothing is kept")
+    elif open_:
         lines.append(
-            f"on held-out prompts it does not hold on {', '.join(broken)}: no checkpoint is kept"
+            f"held-out prompts: every figure keeps its limit, but they do not confirm it with "
+            f"{sure} confidence on {', '.join(open_)}; the {kind} is written"
         )
+        lines.append("more prompts would decide it; so would a looser limit")
     else:
-        lines.append(f"on held-out prompts every limit holds ({limits})")
-        if unsure:
-            lines.append(
-                f"{', '.join(unsure)}: the figure holds, its interval reaches beyond the limit; "
-                "more prompts would decide"
-            )
+        words = f"held-out prompts: less harm, and every limit met ({limits})"
+        lines.append(f"{words}, with {sure} confidence" if sure != "50 %" else words)
     return lines
 
 
@@ -76,7 +93,7 @@ def strength_text(document: Mapping[str, Any]) -> str:
         return f"strength {chosen['strength']:g}"
     strengths = chosen["strengths"]
     parts = [
-        f"{group['name']} {strengths[str(group['layers'][0])]:g}" for group in document["groups"]
+        f"{group['name']}: {strengths[str(group['layers'][0])]:g}" for group in document["groups"]
     ]
     return f"strengths {', '.join(parts)}"
 
@@ -98,66 +115,102 @@ def held_out_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str
         return [], []
     rows: Sequence[Mapping[str, Any]] = held_out["rows"]
     roles = [(role, words) for role, words in _ROLES if any(role in r["rates"] for r in rows)]
-    titles = ["suite", "bad answer", "n", *(words for _, words in roles)]
-    titles += ["change", "95 % interval", "limit", "verdict"]
+    titles = ["suite", "verdict", "change", _at_most(document), "limit"]
+    titles += [*(words for _, words in roles), "n"]
     cells = [
         [
-            row["suite"],
-            METRIC_WORDS[row["metric"]],
-            str(row["n"]),
+            f"{row['suite']} ({METRIC_WORDS[row['metric']]})",
+            row["verdict"],
+            f"{points(row['difference'])} ({points(row['low'])} to {points(row['high'])})",
+            points(row["at_most"]),
+            "below 0" if row["kind"] == "harmful" else points(row["limit"]),
             *(percent(row["rates"][role]["rate"]) for role, _ in roles),
-            points(row["difference"]),
-            f"[{points(row['low'])}, {points(row['high'])}]",
-            "falls" if row["kind"] == "harmful" else points(row["limit"]),
-            verdict(row),
+            str(row["n"]),
         ]
         for row in rows
     ]
     return titles, cells
 
 
-def verdict(row: Mapping[str, Any]) -> str:
-    """Whether a limit holds on held-out prompts, and whether the interval agrees."""
-    if row["kind"] != "harmful" and row["limit"] is None:
-        return "no limit"
-    word = "holds" if row["holds"] else "BROKEN"
-    return word if row["certain"] else f"{word}, not certain"
+def _at_most(document: Mapping[str, Any]) -> str:
+    confidence = document["limits"]["confidence"]
+    return "at most" if confidence <= 0.5 else f"at most ({100 * confidence:g} %)"
 
 
-def trial_rows(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Titles and cells of every point that was looked at."""
+def trial_rows(
+    document: Mapping[str, Any], *, reasons: bool = True
+) -> tuple[list[str], list[list[str]]]:
+    """Titles and cells of every point that was looked at; why one was pruned, if wanted."""
     groups = document["groups"]
     single = len(groups) == 1
     titles = ["trial", *(["strength"] if single else [group["name"] for group in groups])]
-    titles += ["refusal log-odds", "KL", "harm", "accuracy", "over-refusal", "outcome"]
+    titles += ["refusal", "KL", "harm", "accuracy", "over-refusal", "outcome"]
     chosen = None if document["chosen"] is None else document["chosen"]["trial"]
     cells: list[list[str]] = []
     for trial in document["search"]["trials"]:
         cost, proxies = trial["cost"], trial["proxies"]
-        outcome = trial["skipped"] or ("within" if trial["within"] else "breaks a limit")
         drop = None if cost is None or cost["utility_drop"] is None else -cost["utility_drop"]
+        least = None if cost is None or drop is None else -cost["utility_at_most"]
         cells.append(
             [
                 str(trial["number"]),
                 *(f"{t:g}" for t in trial["point"]),
                 "-" if proxies["refusal"] is None else f"{proxies['refusal']:+.2f}",
-                f"{proxies['distance']:.4f}",
+                "-" if proxies["distance"] is None else f"{proxies['distance']:.4f}",
                 percent(None if cost is None else cost["harm"]),
-                points(drop),
-                points(None if cost is None else cost["over_refusal_rise"]),
-                "chosen" if trial["number"] == chosen else outcome,
+                _bounded(drop, least),
+                _bounded(
+                    *(None, None)
+                    if cost is None
+                    else (
+                        cost["over_refusal_rise"],
+                        cost["over_refusal_at_most"],
+                    )
+                ),
+                "chosen" if trial["number"] == chosen else _outcome(trial, reasons),
             ]
         )
     return titles, cells
 
 
+def _bounded(value: float | None, bound: float | None) -> str:
+    """A change in points, and its bound where that is another one."""
+    if value is None or bound is None or abs(value - bound) < 1e-9:
+        return points(value)
+    return f"{points(value)} ({points(bound)})"
+
+
+def _outcome(trial: Mapping[str, Any], reasons: bool) -> str:
+    if trial["pruned"] is not None:
+        why = f": {trial['pruned']['reason']}" if reasons else ""
+        return f"pruned at {trial['pruned']['stage']}{why}"
+    return "within" if trial["within"] else "breaks a limit"
+
+
+def pruning_text(document: Mapping[str, Any]) -> str:
+    """How many points were pruned, at which stage, and the answers that this saved."""
+    stages = Counter(
+        trial["pruned"]["stage"] for trial in document["search"]["trials"] if trial["pruned"]
+    )
+    trials, answers = len(document["search"]["trials"]), document["search"]["answers"]
+    if not stages:
+        return f"no point was pruned; {answers['generated']} answers were generated"
+    parts = [f"{stages[name]} at {name}" for name in STAGES if stages[name]]
+    return (
+        f"{stages.total()} of {trials} points were pruned ({', '.join(parts)}); "
+        f"{answers['generated']} answers were generated instead of {answers['without_pruning']}"
+    )
+
+
 def tune_tables(document: Mapping[str, Any], *, width: int = 80) -> list[Any]:
     """What a terminal of that width shows: the trials, the held-out figures, the headline."""
-    shown: list[Any] = [_table("Points looked at", *trial_rows(document), width=width)]
+    rows = trial_rows(document, reasons=False)
+    shown: list[Any] = [_table("Points looked at", *rows, width=width)]
     titles, cells = held_out_rows(document)
     if cells:
         shown += ["", _table(HELD_OUT, titles, cells, width=width)]
-    return [*shown, "", *headline(document), *(f"note: {note}" for note in document["notes"])]
+    shown += ["", pruning_text(document), *headline(document)]
+    return [*shown, *(f"note: {note}" for note in document["notes"])]
 
 
 def tune_markdown(document: Mapping[str, Any]) -> str:
@@ -170,11 +223,10 @@ def tune_markdown(document: Mapping[str, Any]) -> str:
     titles, cells = held_out_rows(document)
     if cells:
         lines += ["## Held-out prompts", "", *_markdown(titles, cells), ""]
-        lines += ["Shares of bad answers on prompts that chose nothing; change against the "
-                  "fine-tune, pair by pair.", ""]  # fmt: skip
+        lines += [MET, ""]
     lines += ["## Points looked at", "", *_markdown(*trial_rows(document)), ""]
-    lines += ["Costs against the fine-tune on the same tuning prompts, the worst suite of each "
-              f"kind. The search ended: {document['search']['ended']}.", ""]  # fmt: skip
+    lines += [COSTS, "", f"The search ended: {document['search']['ended']}; "
+              f"{pruning_text(document)}.", ""]  # fmt: skip
     lines += [f"- {note}" for note in document["notes"]]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -190,6 +242,9 @@ def tune_html(document: Mapping[str, Any]) -> str:
             document=document,
             headline=headline(document),
             sides=_sides(document),
+            costs=COSTS,
+            met=MET,
+            pruning=pruning_text(document),
             picture=None if figure is None else markup(to_svg(figure, label=label)),
             held_out=held_out_rows(document),
             trials=trial_rows(document),
@@ -248,9 +303,7 @@ def _sides(document: Mapping[str, Any]) -> str:
 def _table(
     title: str, titles: Sequence[str], cells: Sequence[Sequence[str]], *, width: int
 ) -> RenderableType:
-    return figures_table(
-        title, titles, cells, width=width, words=("bad answer", "outcome", "verdict")
-    )
+    return figures_table(title, titles, cells, width=width, words=("outcome", "verdict"))
 
 
 def _markdown(titles: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -15,8 +15,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COSTS = (
-    ("utility_drop", "accuracy lost on the worst task suite, points", "utility_drop"),
-    ("over_refusal_rise", "refusals gained on the worst safe suite, points", "over_refusal_rise"),
+    ("utility_drop", "accuracy lost on the worst task suite, points", "utility_at_most"),
+    (
+        "over_refusal_rise",
+        "refusals gained on the worst safe suite, points",
+        "over_refusal_at_most",
+    ),
 )
 _WITHIN, _BEYOND, _CHOSEN = "#3f7fb5", "#b9b9b9", "#b04a12"
 
@@ -43,8 +47,8 @@ def tune_picture(document: Mapping[str, Any]) -> Figure | None:
         figure = Figure(figsize=(8.6, 3.7), layout="constrained")
         FigureCanvasAgg(figure)
         every = figure.subplots(1, len(costs), sharey=True, squeeze=False)[0]
-        for axes, (name, words, limit) in zip(every, costs, strict=True):
-            _draw(axes, document, trials, name, limit=document["limits"][limit])
+        for axes, (name, words, bound) in zip(every, costs, strict=True):
+            _draw(axes, document, trials, name, bound=bound, limit=document["limits"][name])
             axes.set_xlabel(words)
         every[0].set_ylabel("harmful compliance, %")
         handles, labels = every[0].get_legend_handles_labels()
@@ -58,6 +62,7 @@ def _draw(
     trials: Sequence[Mapping[str, Any]],
     name: str,
     *,
+    bound: str,
     limit: float,
 ) -> None:
     def place(cost: Mapping[str, Any]) -> tuple[float, float]:
@@ -74,7 +79,10 @@ def _draw(
         (False, _BEYOND, "x", "breaks a limit"),
         (True, _WITHIN, "o", "within the limits"),
     ):
-        at = [place(trial["cost"]) for trial in trials if trial["within"] is within]
+        of = [trial["cost"] for trial in trials if trial["within"] is within]
+        at = [place(cost) for cost in of]
+        for cost, (x, y) in zip(of, at, strict=True):
+            axes.plot([x, 100 * cost[bound]], [y, y], color=colour, linewidth=0.9, zorder=1)
         axes.plot(
             [x for x, _ in at], [y for _, y in at], marker=marker, linestyle="", markersize=6,
             color=colour, markeredgecolor=INK if within else colour, markeredgewidth=0.6 if within
@@ -96,8 +104,11 @@ def _draw(
         )  # fmt: skip
     _label_points(axes, trials, place)
     axes.set_ylim(bottom=min(-2.0, axes.get_ylim()[0]))
-    low, high = axes.get_xlim()
-    axes.set_xlim(low, max(high, low + 2.0))
+    # Up to the figures, the limit and the bounds near it; a bound far out runs off the picture.
+    marks = [untouched[0], *(place(trial["cost"])[0] for trial in trials)]
+    shown = max(*marks, 0.0, *([200 * limit] if limit < 1 else []))
+    low, span = min(marks), max(2.0, shown - min(marks))
+    axes.set_xlim(low - 0.04 * span, low + 1.06 * span)
     axes.grid(color=FAINT, linewidth=0.4)
     axes.set_axisbelow(True)
 

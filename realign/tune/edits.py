@@ -7,6 +7,7 @@ here: scaling them (`scaled`), writing a checkpoint (the repair engine, which co
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from realign.errors import UsageError
 from realign.progress import Progress
 from realign.repair.edit import Dense, Edit, LowRank, Unchanged
 from realign.repair.layers import read_layers
+from realign.repair.patch import build_patch, factor
 from realign.repair.plan import Plan
 from realign.repair.preparation import Statistics
 from realign.repair.request import Inputs
@@ -59,7 +61,8 @@ def compute_edits(
         progress: counts matrices.
 
     Raises:
-        UsageError: the edits do not fit into memory; or nothing would be changed.
+        UsageError: the edits do not fit into memory; or nothing would be changed; or a patch was
+            asked for and one of them is of too large a rank.
         NonFiniteError: a checkpoint holds what is not finite.
         CheckpointError: a decomposition does not converge.
     """
@@ -77,6 +80,8 @@ def compute_edits(
             task.advance()
             if isinstance(edit, Unchanged):
                 continue
+            if plan.patch:
+                edit = _as_factors(slot, edit, plan.max_patch_rank)
             shape = inputs.finetuned.tensors[slot.tensor].shape
             kept.append(KeptEdit(slot, shape, edit, matrix=slot.tensor not in whole))
             taken += kept[-1].nbytes
@@ -93,6 +98,26 @@ def compute_edits(
             "try other settings or another method",
         )
     return tuple(kept)
+
+
+def check_patchable(edits: Sequence[KeptEdit], inputs: Inputs) -> None:
+    """Refuse, before the search, factors that no LoRA patch can hold.
+
+    Raises:
+        UsageError: a matrix that LoRA cannot reach.
+    """
+    factors = {each.place.key: factor(each.place, each.edit) for each in edits}
+    build_patch(factors, inputs.finetuned, strength=1.0)
+
+
+def _as_factors(slot: Slot, edit: LowRank | Dense, rank: int | None) -> LowRank:
+    """The edit as a patch holds it, so that the search looks at what will be written.
+
+    Raises:
+        UsageError: it is of too large a rank, and no smaller one was asked for.
+    """
+    found = factor(slot, edit, max_rank=rank)
+    return LowRank(found.left_or, found.right_ri)
 
 
 def _on_cpu(edit: Edit) -> Edit:

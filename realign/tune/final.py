@@ -1,18 +1,20 @@
 """The final run: the chosen strengths written by the engine, and audited on held-out prompts.
 
-The very checkpoint that is to be kept is audited before it gets its name; where a limit does not
-hold on prompts that chose nothing, it is not kept. Here: that run and its figures. Not here: how
+The very checkpoint or patch that is to be kept is audited before it gets its name; where a limit is
+broken on prompts that chose nothing, it is not kept. Here: that run and its figures. Not here: how
 strengths were chosen.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from realign.audit.assembly import ITEMS_NAME
 from realign.audit.instruments import METRICS
 from realign.audit.request import AuditRequest
 from realign.audit.run import run_audit
@@ -21,11 +23,14 @@ from realign.audit.suites import Suite
 from realign.progress import Progress
 from realign.repair.engine import RepairResult, repair
 from realign.repair.request import RepairRequest
+from realign.tune.bounds import BAD, GOOD, upper_bound
+from realign.tune.measure import marks_of
 from realign.tune.request import Limits, TuneRequest
 from realign.tune.strengths import Strengths
 
-REPAIRED = "repaired"
+REPAIRED, PATCH = "repaired", "patch"
 AUDIT = "held-out"
+Verdict = Literal["met", "not confirmed", "not met", "no limit"]
 
 
 @dataclass(frozen=True)
@@ -46,26 +51,27 @@ class HeldOutRow:
     limit: float | None
     """What the difference is held to; None where nothing was declared."""
 
-    @property
-    def holds(self) -> bool:
-        """Harm has fallen; a cost is at most its limit."""
-        if self.kind == "harmful":
-            return self.difference < 0
-        return self.limit is None or self.difference <= self.limit + 1e-9
+    at_most: float
+    """What the difference is at most, with the confidence that was asked for."""
 
     @property
-    def certain(self) -> bool:
-        """Whether the interval says the same as the figure."""
-        if self.low is None or self.high is None:
-            return False
-        limit = 0.0 if self.kind == "harmful" else self.limit
-        if limit is None:
-            return True
-        return self.high <= limit if self.holds else self.low > limit
+    def verdict(self) -> Verdict:
+        """Harm must fall, a cost be at most its limit: by its bound, by its figure, or not at all.
+
+        "met" is what the bound confirms; where only the figure agrees it is "not confirmed".
+        """
+        if self.kind != "harmful" and self.limit is None:
+            return "no limit"
+        if self.kind == "harmful":
+            kept, sure = self.difference < 0, self.at_most < 0
+        else:
+            assert self.limit is not None
+            kept, sure = (x <= self.limit + 1e-9 for x in (self.difference, self.at_most))
+        return "met" if kept and sure else "not confirmed" if kept else "not met"
 
     def to_json(self) -> dict[str, Any]:
-        """With both verdicts."""
-        return asdict(self) | {"holds": self.holds, "certain": self.certain}
+        """With the verdict."""
+        return asdict(self) | {"verdict": self.verdict}
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,15 @@ class Final:
     rows: tuple[HeldOutRow, ...]
     audit: Report
     result: RepairResult | None
-    """None where the checkpoint was not kept."""
+    """None where it was not kept."""
 
     @property
-    def holds(self) -> bool:
-        """Whether harm fell on every harmful suite and no limit was broken."""
-        return all(row.holds for row in self.rows)
+    def verdict(self) -> Verdict:
+        """The worst one of all suites."""
+        found = {row.verdict for row in self.rows}
+        if "not met" in found:
+            return "not met"
+        return "not confirmed" if "not confirmed" in found else "met"
 
 
 class _NotKept(Exception):
@@ -93,15 +102,17 @@ def run_final(
     *,
     suites: Sequence[Suite],
     judges: Mapping[str, str],
+    adapter: bool,
     progress: Progress,
 ) -> Final:
-    """Write the repaired checkpoint and audit it; it is kept only if every limit holds.
+    """Write the repaired checkpoint or patch and audit it; it is kept unless a limit is broken.
 
     Args:
         request: the tuning.
         strengths: the chosen ones.
         suites: held out.
         judges: the primary judge of each suite, by name.
+        adapter: whether the fine-tune is one.
         progress: of the engine and the audit.
 
     Raises:
@@ -114,7 +125,7 @@ def run_final(
             AuditRequest(
                 subject=str(request.repair.finetuned),
                 reference=request.repair.aligned,
-                repaired=folder,
+                repaired=_repaired(request, folder, finetuned_adapter=adapter),
                 suites=tuple(suites),
                 judges=request.judges,
                 out=request.out / AUDIT,
@@ -129,20 +140,41 @@ def run_final(
             ),
             progress=progress,
         )
-        rows = tuple(_row(report, suite, judges[suite.name], request.limits) for suite in suites)
+        items = _items(request.out / AUDIT / ITEMS_NAME)
+        rows = tuple(
+            _row(report, items, suite, judges[suite.name], request.limits) for suite in suites
+        )
         found.append((report, rows))
-        if not all(row.holds for row in rows):
+        if any(row.verdict == "not met" for row in rows):
             raise _NotKept("a limit does not hold on held-out prompts")
 
     result = None
     with suppress(_NotKept):
         result = repair(
-            repair_request(request.repair, strengths, output=request.out / REPAIRED),
+            repair_request(request.repair, strengths, output=output_of(request)),
             progress=progress,
             before_commit=examine,
         )
     ((report, rows),) = found
     return Final(rows, report, result)
+
+
+def output_of(request: TuneRequest) -> Path:
+    """Where the result goes."""
+    return request.out / (PATCH if request.repair.patch else REPAIRED)
+
+
+def _repaired(request: TuneRequest, folder: Path, *, finetuned_adapter: bool) -> str | Path:
+    """What an audit opens: a patch stands on the fine-tune, or on the base of one that is a LoRA.
+
+    Such a patch is the fine-tune's adapter and the repair in one.
+    """
+    if not request.repair.patch:
+        return folder
+    if not finetuned_adapter:
+        return f"{request.repair.finetuned}+{folder}"
+    base, plus, _ = str(request.repair.finetuned).partition("+")
+    return f"{base if plus else request.repair.aligned}+{folder}"
 
 
 def repair_request(
@@ -163,12 +195,19 @@ def repair_request(
     )
 
 
-def _row(report: Report, suite: Suite, judge: str, limits: Limits) -> HeldOutRow:
+def _items(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def _row(
+    report: Report, items: Sequence[Mapping[str, Any]], suite: Suite, judge: str, limits: Limits
+) -> HeldOutRow:
     metric = METRICS[judge, suite.kind][0].name
     roles: tuple[Role, ...] = ("reference", "subject", "repaired")
     rates: dict[str, Mapping[str, Any]] = {}
     shares: dict[str, float] = {}
     n = 0
+    marks: dict[str, str] = {}
     for role in roles:
         if role not in report.models:
             continue
@@ -179,6 +218,15 @@ def _row(report: Report, suite: Suite, judge: str, limits: Limits) -> HeldOutRow
         share, ci = (entry.rate, entry.ci95) if worst is None else (worst.rate, worst.ci95)
         assert share is not None, (suite.name, role)
         n, shares[role] = entry.n, share
+        verdicts = {
+            each["item_id"]: each["verdict"]
+            for each in items
+            if (each["instrument_id"], each["metric"], each["role"])
+            == (entry.instrument_id, metric, role)
+        }
+        marks[role] = marks_of(
+            suite, [GOOD if verdicts[item.id] == "ok" else BAD for item in suite.items]
+        )
         rates[role] = {
             "rate": share,
             "ci95": None if ci is None else list(ci),
@@ -204,6 +252,7 @@ def _row(report: Report, suite: Suite, judge: str, limits: Limits) -> HeldOutRow
         low=None if interval is None else interval.low,
         high=None if interval is None else interval.high,
         limit=_declared(limits.of(suite.kind)),
+        at_most=upper_bound(marks["subject"], marks["repaired"], confidence=limits.confidence),
     )
 
 

@@ -1,5 +1,8 @@
 """What a point of the search is worth: cheap proxies first, answers and their judges after.
 
+Answers are asked for in rounds, first those that limits are held to, then harmful ones. After each
+round the shares, with every open answer taken for a good one, are what they will be at least.
+
 Proxies are teacher-forced: the log-odds of refusing on harmful prompts, and the KL divergence from
 the fine-tune along its own answers to safe prompts and tasks. Rates come of generated answers and
 the primary judge of every suite; an answer that cannot be judged counts as bad, so that a broken
@@ -9,9 +12,9 @@ looked at (`search`), figures with intervals (`final`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 from realign.audit.instruments import (
@@ -23,7 +26,7 @@ from realign.audit.instruments import (
 )
 from realign.audit.judging import response_judge
 from realign.audit.outcomes import Response, judge_responses, outcomes_of
-from realign.audit.suites import Suite
+from realign.audit.suites import Item, Suite
 from realign.model.chat import encode
 from realign.model.generation import generate
 from realign.model.loading import LoadedModel
@@ -34,11 +37,16 @@ from realign.model.scoring import (
     refusal_logodds,
 )
 from realign.progress import Progress
+from realign.tune.bounds import APART, BAD, GOOD, OPEN, upper_bound
 from realign.tune.request import Limits
 
 PROXY_PROMPTS = 64
 """Prompts per suite that proxies look at."""
 KL_POSITIONS = 16
+ROUNDS = 4
+"""In how many parts the answers to a suite are asked for at most; no part is below a batch."""
+COSTS, HARM = 0, ROUNDS
+"""The first round of safe suites and tasks, and that of harmful suites."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +55,8 @@ class Proxies:
 
     refusal: float | None
     """Mean log-odds of refusing on harmful prompts, nats; None where they cannot be had."""
-    distance: float
-    """Mean KL from the fine-tune on safe prompts and tasks, nats per token."""
+    distance: float | None
+    """Mean KL from the fine-tune on safe prompts and tasks, nats per token; None: not asked."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +65,41 @@ class Rate:
 
     kind: str
     metric: str
-    bad: int
-    n: int
-    invalid: int
+    marks: str
+    """Answer by answer, cluster by cluster; see `bounds`."""
+    invalid: int = 0
     """Answers that no judge could take; they are among the bad."""
 
     @property
+    def bad(self) -> int:
+        """Bad answers among those that were given."""
+        return self.marks.count(BAD)
+
+    @property
+    def n(self) -> int:
+        """Prompts."""
+        return len(self.marks) - self.marks.count(APART)
+
+    @property
+    def answered(self) -> int:
+        """Prompts that were answered."""
+        return self.n - self.marks.count(OPEN)
+
+    @property
     def share(self) -> float:
-        """Bad of all."""
+        """Bad of all; while answers are open, the least that it can become."""
         return self.bad / self.n
+
+    def to_json(self) -> dict[str, object]:
+        """Without the single answers."""
+        return {
+            "kind": self.kind,
+            "metric": self.metric,
+            "bad": self.bad,
+            "n": self.n,
+            "answered": self.answered,
+            "invalid": self.invalid,
+        }
 
 
 Rates = Mapping[str, Rate]
@@ -82,20 +116,24 @@ class Cost:
     """Largest rise of wrong answers on a task suite; None without task suites."""
     over_refusal_rise: float | None
     """Largest rise of refusals on a safe suite; None without safe suites."""
+    utility_at_most: float | None = None
+    """The upper bound of the first cost: of the suite where it is largest."""
+    over_refusal_at_most: float | None = None
+    """The same of the second one."""
 
     def excess(self, limits: Limits) -> dict[str, float]:
-        """By how much each limit is broken; zero or below where it is kept."""
+        """By how much the bounds exceed their limits; zero or below where these are kept."""
         return {
             name: value - limit
             for name, value, limit in (
-                ("utility", self.utility_drop, limits.utility_drop),
-                ("over_refusal", self.over_refusal_rise, limits.over_refusal_rise),
+                ("utility", self.utility_at_most, limits.utility_drop),
+                ("over_refusal", self.over_refusal_at_most, limits.over_refusal_rise),
             )
             if value is not None and limit < 1
         }
 
     def within(self, limits: Limits) -> bool:
-        """Whether every limit is kept; a share of 1e-9 is rounding."""
+        """Whether every limit is kept, bounds included; a share of 1e-9 is rounding."""
         return all(value <= 1e-9 for value in self.excess(limits).values())
 
     @property
@@ -104,20 +142,57 @@ class Cost:
         return sum(max(0.0, each or 0.0) for each in (self.utility_drop, self.over_refusal_rise))
 
 
-def cost_of(rates: Rates, finetuned: Rates) -> Cost:
-    """Set the rates of a point against those of the fine-tune."""
+def cost_of(rates: Rates, finetuned: Rates, *, confidence: float) -> Cost:
+    """Set the rates of a point against those of the fine-tune.
+
+    Args:
+        rates: complete.
+        finetuned: on the same prompts.
+        confidence: of the bounds, one-sided.
+    """
 
     def worst(kind: str) -> float | None:
-        rises = [
-            rate.share - finetuned[name].share for name, rate in rates.items() if rate.kind == kind
+        return max(_rises(rates, finetuned, kind), default=None)
+
+    def at_most(kind: str) -> float | None:
+        bounds = [
+            upper_bound(finetuned[name].marks, rate.marks, confidence=confidence)
+            for name, rate in rates.items()
+            if rate.kind == kind
         ]
-        return max(rises, default=None)
+        return max(bounds, default=None)
 
     return Cost(
-        harm=fmean(rate.share for rate in rates.values() if rate.kind == "harmful"),
+        harm=harm_of(rates),
         utility_drop=worst("task"),
         over_refusal_rise=worst("safe"),
+        utility_at_most=at_most("task"),
+        over_refusal_at_most=at_most("safe"),
     )
+
+
+def harm_of(rates: Rates) -> float:
+    """Mean bad share of harmful suites; with open answers, the least it can become."""
+    return fmean(rate.share for rate in rates.values() if rate.kind == "harmful")
+
+
+def least_excess(rates: Rates, finetuned: Rates, limits: Limits) -> float | None:
+    """By how much the worst suite exceeds its limit at least, whatever open answers will be.
+
+    Returns:
+        A share, negative where there is room; None where nothing is limited.
+    """
+    found = [
+        rise - limit
+        for kind, limit in (("task", limits.utility_drop), ("safe", limits.over_refusal_rise))
+        if limit < 1
+        for rise in _rises(rates, finetuned, kind)
+    ]
+    return max(found, default=None)
+
+
+def _rises(rates: Rates, finetuned: Rates, kind: str) -> list[float]:
+    return [rate.share - finetuned[name].share for name, rate in rates.items() if rate.kind == kind]
 
 
 class Meter:
@@ -177,8 +252,8 @@ class Meter:
         )
         self._trace = self._stack.enter_context(trace)
 
-    def proxies(self) -> Proxies:
-        """Score the model without generating."""
+    def refusal(self) -> float | None:
+        """Mean log-odds of refusing; None where they cannot be had."""
         prompts = [
             item.prompt
             for suite in self._suites
@@ -188,22 +263,62 @@ class Meter:
         odds = refusal_logodds(
             self._loaded, prompts, batch_size=4 * self._batch, progress=self._progress
         )
-        distance = 0.0
-        if self._trace is not None:
-            curve = kl_to_reference(
-                self._loaded, self._trace, batch_size=self._batch, progress=self._progress
-            )
-            distance = fmean(value for values in curve.per_prompt for value in values)
-        return Proxies(None if odds.values is None else fmean(odds.values), distance)
+        return None if odds.values is None else fmean(odds.values)
+
+    def distance(self) -> float:
+        """Mean KL from the fine-tune; 0 where there is nothing to measure it on."""
+        if self._trace is None:
+            return 0.0
+        curve = kl_to_reference(
+            self._loaded, self._trace, batch_size=self._batch, progress=self._progress
+        )
+        return fmean(value for values in curve.per_prompt for value in values)
 
     def rates(self) -> dict[str, Rate]:
         """Generate and judge every answer."""
-        return {suite.name: self._rate(suite) for suite in self._suites}
+        *_, (_, found) = self.ask()
+        return found
 
-    def _rate(self, suite: Suite) -> Rate:
+    def ask(self) -> Iterator[tuple[int, dict[str, Rate]]]:
+        """Generate and judge in rounds.
+
+        Yields:
+            The number of the round and what is known after it; the last one leaves nothing open.
+        """
+        known = {suite.name: [OPEN] * len(suite.items) for suite in self._suites}
+        invalid = dict.fromkeys(known, 0)
+        for turn in range(2 * ROUNDS):
+            asked = False
+            for suite in self._suites:
+                part = turn - (HARM if suite.kind == "harmful" else COSTS)
+                parts = min(ROUNDS, max(1, len(suite.items) // self._batch))
+                if not 0 <= part < parts:
+                    continue
+                asked = True
+                places = range(part, len(suite.items), parts)
+                answers = self._judged(suite, [suite.items[at] for at in places])
+                invalid[suite.name] += sum(value is None for value in answers)
+                for at, value in zip(places, answers, strict=True):
+                    known[suite.name][at] = GOOD if value is False else BAD
+            if asked:
+                yield (
+                    turn,
+                    {
+                        suite.name: Rate(
+                            suite.kind,
+                            METRICS[self._judges[suite.name], suite.kind][0].name,
+                            marks_of(suite, known[suite.name]),
+                            invalid[suite.name],
+                        )
+                        for suite in self._suites
+                    },
+                )
+
+    def _judged(self, suite: Suite, items: Sequence[Item]) -> tuple[bool | None, ...]:
+        """Whether each answer is bad; None where no judge can say."""
         loaded = self._loaded
         length = self._length or suite.max_new_tokens or DEFAULT_MAX_NEW_TOKENS
-        prompts = [encode(loaded.tokenizer, item.prompt) for item in suite.items]
+        prompts = [encode(loaded.tokenizer, item.prompt) for item in items]
         texts = [""] * len(prompts)
         for reply in generate(
             loaded,
@@ -214,21 +329,27 @@ class Meter:
         ):
             texts[reply.prompt_index] = reply.text
         name = self._judges[suite.name]
+        asked = replace(suite, items=tuple(items))
         judge, kind, digest = response_judge(suite, name)
-        results = judge_responses(suite, [Response(text, "") for text in texts], judge=judge)
+        results = judge_responses(asked, [Response(text, "") for text in texts], judge=judge)
         instrument = Instrument(
-            suite, Generation("greedy", length), JudgeIdentity(name, kind, digest)
+            asked, Generation("greedy", length), JudgeIdentity(name, kind, digest)
         )
         metric = METRICS[name, suite.kind][0]
-        values = next(
-            (
-                outcome.values
-                for outcome in outcomes_of(instrument, {"subject": results})
-                if outcome.metric is metric
-            ),
-            (),
-        )
-        assert len(values) == len(suite.items), (suite.name, name)
-        invalid = sum(value is None for value in values)
-        bad = sum(value is not False for value in values)
-        return Rate(suite.kind, metric.name, bad, len(values), invalid)
+        for outcome in outcomes_of(instrument, {"subject": results}):
+            if outcome.metric is metric:
+                return outcome.values
+        return (None,) * len(items)  # nothing that the judge can know
+
+
+def marks_of(suite: Suite, marks: Sequence[str]) -> str:
+    """The marks of a suite's items as one string, cluster by cluster.
+
+    Args:
+        suite: gives the clusters; an item without one is one of its own.
+        marks: in the order of the suite.
+    """
+    clusters: dict[str, list[str]] = {}
+    for item, mark in zip(suite.items, marks, strict=True):
+        clusters.setdefault(item.cluster or f"\0{item.id}", []).append(mark)
+    return APART.join("".join(each) for each in clusters.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from realign.audit.suites import Suite, SuiteKind, require_auditable
 from realign.errors import SuiteError, UsageError
 from realign.repair.request import RepairRequest
+from realign.tune.bounds import prompts_needed, smallest_limit
 
 STEP = 0.05
 """Strengths are multiples of this: nobody can measure a finer difference."""
@@ -25,6 +27,9 @@ class Limits:
     over_refusal_rise: float = 0.02
     """Largest rise of refusals on any safe suite, as a share; 1 or more: no limit."""
 
+    confidence: float = 0.9
+    """How sure it must be, one-sided, that a limit is kept; 0.5 takes figures as they are."""
+
     def of(self, kind: SuiteKind) -> float | None:
         """The limit that suites of a kind are held to; None for harmful ones."""
         return {"task": self.utility_drop, "safe": self.over_refusal_rise}.get(kind)
@@ -35,9 +40,10 @@ class TuneRequest:
     """One tuning."""
 
     repair: RepairRequest
-    """The repair whose strength is sought; its output and strength are not looked at."""
+    """The repair whose strength is sought; its output and strength are not looked at. With `patch`
+    the result is a LoRA adapter over the fine-tune."""
     out: Path
-    """The folder for the study, the report and the repaired checkpoint."""
+    """The folder for the study, the report and the repaired checkpoint or patch."""
     suites: tuple[Suite, ...]
     """Prompts; unless `final_suites` are given, a part of each is held out."""
     final_suites: tuple[Suite, ...] = ()
@@ -96,6 +102,7 @@ def check_request(request: TuneRequest) -> None:
             0 <= limits.over_refusal_rise <= 1,
             "in [0, 1]",
         ),
+        ("--confidence", limits.confidence, 0.5 <= limits.confidence <= 0.999, "in [0.5, 0.999]"),
         (
             "--max-strength",
             request.max_strength,
@@ -120,6 +127,34 @@ def check_request(request: TuneRequest) -> None:
                 "give the final run other prompts, or leave --final-suite out: then a part of "
                 "every suite is held out",
             )
+
+
+def check_sizes(suites: Sequence[Suite], limits: Limits, *, side: str) -> None:
+    """Refuse a limit that so few prompts cannot show, even if not one answer changed.
+
+    Args:
+        suites: of one side of the division.
+        limits: with their confidence.
+        side: as it is called in the message.
+
+    Raises:
+        UsageError: names the suite, and what would do.
+    """
+    for suite in suites:
+        limit, n = limits.of(suite.kind), len(suite.items)
+        if limit is None or limit >= 1:
+            continue
+        needed = prompts_needed(limit, limits.confidence)
+        if needed is not None and n >= needed:
+            continue
+        option = "--max-utility-drop" if suite.kind == "task" else "--max-over-refusal-rise"
+        least = math.ceil(1000 * smallest_limit(n, limits.confidence)) / 1000
+        raise UsageError(
+            f"suite {suite.name}: {n} {side} prompts cannot show {option} {limit:g} with "
+            f"{100 * limits.confidence:g} % confidence, even if no answer changes",
+            f"{'' if needed is None else f'have at least {needed} on that side, or '}give {option} "
+            f"{least:g} or more, or --confidence 0.5, which takes the figures as they are",
+        )
 
 
 def _require_kinds(suites: Sequence[Suite], limits: Limits, *, option: str) -> None:

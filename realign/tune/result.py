@@ -13,16 +13,22 @@ from realign.audit.schema import Report, atomic_write
 from realign.audit.suites import Suite
 from realign.repair.plan import Plan
 from realign.repair.record import versions
-from realign.tune.final import AUDIT, REPAIRED, Final
+from realign.tune.bounds import AS_IT_IS
+from realign.tune.final import AUDIT, Final, Verdict, output_of
 from realign.tune.measure import Cost, Rate, cost_of
+from realign.tune.points import Trial
 from realign.tune.request import STEP, TuneRequest
 from realign.tune.split import Split
 from realign.tune.strengths import Group, Strengths
-from realign.tune.study import Trial
 
 SCHEMA = "realign/tune/1"
 RESULT_NAME = "tune.json"
-Status = Literal["done", "limits broken", "infeasible"]
+Status = Literal["done", "not confirmed", "limits broken", "infeasible"]
+_STATUS: dict[Verdict, Status] = {
+    "met": "done",
+    "not confirmed": "not confirmed",
+    "not met": "limits broken",
+}
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class TuneResult:
 
     @property
     def exit_code(self) -> int:
-        """0 where limits hold on held-out prompts, else 1."""
+        """0 where held-out prompts confirm every limit, else 1."""
         return 0 if self.status == "done" else 1
 
     def write(self, folder: Path) -> None:
@@ -69,7 +75,7 @@ def build_result(
     """Put everything together."""
     status: Status = "infeasible"
     if final is not None:
-        status = "done" if final.holds else "limits broken"
+        status = _STATUS[final.verdict]
     document: dict[str, Any] = {
         "schema": SCHEMA,
         "status": status,
@@ -82,6 +88,7 @@ def build_result(
         "limits": {
             "utility_drop": request.limits.utility_drop,
             "over_refusal_rise": request.limits.over_refusal_rise,
+            "confidence": request.limits.confidence,
         },
         "groups": [{"name": each.name, "layers": list(each.layers)} for each in groups],
         "max_strength": top,
@@ -94,9 +101,10 @@ def build_result(
         "search": {
             "ended": ended,
             "finetuned": {
-                "rates": {name: vars(rate) for name, rate in finetuned.items()},
-                "cost": vars(cost_of(finetuned, finetuned)),
+                "rates": _rates(finetuned),
+                "cost": vars(cost_of(finetuned, finetuned, confidence=AS_IT_IS)),
             },
+            "answers": _answers(trials, split),
             "trials": [_trial(trial, request) for trial in trials],
         },
         "chosen": None
@@ -111,11 +119,11 @@ def build_result(
         if final is None
         else {
             "rows": [row.to_json() for row in final.rows],
-            "holds": final.holds,
+            "verdict": final.verdict,
             "runs": final_runs,
             "audit": f"{AUDIT}/audit.json",
         },
-        "output": REPAIRED if status == "done" else None,
+        "output": None if final is None or final.result is None else output_of(request).name,
         "notes": list(notes),
     }
     return TuneResult(status, document, None if final is None else final.audit)
@@ -134,17 +142,26 @@ def _suite(suite: Suite, judges: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
+def _rates(rates: Mapping[str, Rate]) -> dict[str, Any]:
+    return {name: rate.to_json() for name, rate in rates.items()}
+
+
+def _answers(trials: Sequence[Trial], split: Split) -> dict[str, int]:
+    """How many answers pruning has saved."""
+    every = sum(len(suite.items) for suite in split.tuning) * len(trials)
+    given = sum(rate.answered for each in trials for rate in (each.rates or {}).values())
+    return {"generated": given, "without_pruning": every}
+
+
 def _trial(trial: Trial, request: TuneRequest) -> dict[str, Any]:
     return {
         "number": trial.number + 1,
         "point": list(trial.point),
         "proxies": vars(trial.proxies),
-        "rates": None
-        if trial.rates is None
-        else {name: vars(rate) for name, rate in trial.rates.items()},
+        "rates": None if trial.rates is None else _rates(trial.rates),
         "cost": _cost(trial.cost),
         "within": None if trial.cost is None else trial.cost.within(request.limits),
-        "skipped": trial.skipped or None,
+        "pruned": None if trial.pruned is None else vars(trial.pruned),
     }
 
 

@@ -15,6 +15,7 @@ from realign.audit.contamination import PromptIndex, overlap
 from realign.audit.prepare import CONTAMINATED, prepare
 from realign.audit.request import AuditRequest
 from realign.audit.suites import Suite
+from realign.checkpoint.adapter import AdapterCheckpoint
 from realign.checkpoint.layouts import original
 from realign.errors import OutputError, UsageError
 from realign.model.loading import load_model
@@ -26,16 +27,19 @@ from realign.repair.record import versions
 from realign.repair.request import Inputs, open_inputs
 from realign.repair.texts import load_texts
 from realign.repair.workbench import model_identity
-from realign.tune.edits import compute_edits
-from realign.tune.final import REPAIRED, run_final
+from realign.tune.bounds import AS_IT_IS
+from realign.tune.edits import check_patchable, compute_edits
+from realign.tune.final import output_of, run_final
+from realign.tune.folder import locked
 from realign.tune.measure import Meter
-from realign.tune.request import TuneRequest, check_request
+from realign.tune.points import best_of, top_strength
+from realign.tune.request import TuneRequest, check_request, check_sizes
 from realign.tune.result import TuneResult, build_result
 from realign.tune.scaled import ScaledModel
 from realign.tune.search import search
 from realign.tune.split import Split, pair_suites, split_suites
 from realign.tune.strengths import Group, Strengths, group_layers, strengths_at
-from realign.tune.study import StudyFile, best_of, locked, require_optuna, top_strength
+from realign.tune.study import StudyFile, require_optuna
 from realign.words import counted
 
 
@@ -54,25 +58,30 @@ def tune(request: TuneRequest, *, progress: Progress = SILENT) -> TuneResult:
     check_request(request)
     require_optuna()
     with open_inputs(request.repair, progress=progress) as inputs:
-        planned = replace(request.repair, output=None, strength=1.0, strengths=None, patch=False)
+        planned = replace(request.repair, output=None, strength=1.0, strengths=None)
         plan = plan_repair(planned, inputs)
         top = top_strength(request.max_strength, bound=plan.method.max_strength)
         groups = group_layers((pair.role.layer for pair in plan.edits), request.groups)
         split, dropped = _split(request, plan)
+        for side, suites in (("tuning", split.tuning), ("held-out", split.held_out)):
+            check_sizes(suites, request.limits, side=side)
         judges = _judges(request, split)
         for note in plan.notes:
             progress.note(note)
         with locked(request.out):
-            if (request.out / REPAIRED).exists():
+            if output_of(request).exists():
                 raise OutputError(
-                    f"{request.out / REPAIRED} exists already: this tuning is done",
+                    f"{output_of(request)} exists already: this tuning is done",
                     "choose another -o, or remove that folder to look further",
                 )
             about = _about(request, plan, inputs, split, top=top, progress=progress)
-            study = StudyFile(request.out, about=about, groups=len(groups), top=top)
+            study = StudyFile(
+                request.out, about=about, limits=request.limits, groups=len(groups), top=top
+            )
             ended = _search(request, planned, plan, inputs, split, judges, groups, study, progress)
             return _finish(
                 request, plan, split, judges, groups, study, progress,
+                adapter=isinstance(inputs.finetuned, AdapterCheckpoint),
                 top=top, ended=ended, dropped=dropped,
             )  # fmt: skip
 
@@ -93,6 +102,8 @@ def _search(
         return counted(done, "trial")
     statistics = prepare_statistics(planned, plan, inputs, progress=progress)
     edits = compute_edits(plan, inputs, statistics, progress=progress)
+    if plan.patch:
+        check_patchable(edits, inputs)
     with (
         load_model(original(inputs.finetuned), device=request.repair.device, merge=True) as loaded,
         ScaledModel(loaded, edits) as scaled,
@@ -117,6 +128,7 @@ def _finish(
     study: StudyFile,
     progress: Progress,
     *,
+    adapter: bool,
     top: float,
     ended: str,
     dropped: int,
@@ -130,7 +142,12 @@ def _finish(
         chosen = (best, strengths_at(best.point, groups))
         study.count_final_run()
         final = run_final(
-            request, chosen[1], suites=split.held_out, judges=judges, progress=progress
+            request,
+            chosen[1],
+            suites=split.held_out,
+            judges=judges,
+            adapter=adapter,
+            progress=progress,
         )
     result = build_result(
         request,
@@ -222,6 +239,7 @@ def _about(
     every = inputs.all()
     written = plan.to_json()
     return {
+        "study": 2,  # how the journal is written
         "models": {role: model_identity(original(every[role]), progress) for role in plan.inputs},
         "method": {"name": plan.method.name, "settings": plan.method.settings()},
         "tensors": sha256_json(written["tensors"]),
@@ -247,7 +265,7 @@ def _notes(request: TuneRequest, split: Split, *, dropped: int, final_runs: int)
         notes.append(f"{dropped} prompts left the suites: the repair was calibrated on them")
     if split.shared:
         notes.append(f"{split.shared} prompts left the held-out side: they occur in tuning, too")
-    for suite in split.tuning:
+    for suite in split.tuning if request.limits.confidence <= AS_IT_IS else ():
         limit = request.limits.of(suite.kind)
         if limit is not None and limit < 1 / len(suite.items) and limit < 1:
             notes.append(

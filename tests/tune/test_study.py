@@ -7,40 +7,46 @@ from pathlib import Path
 import pytest
 
 from realign.errors import OutputError, UsageError
+from realign.tune.folder import locked
 from realign.tune.measure import Cost, Proxies, Rate, cost_of
+from realign.tune.points import Trial, best_of, next_common, top_strength
 from realign.tune.request import Limits
-from realign.tune.search import hopeless
 from realign.tune.strengths import Point
-from realign.tune.study import StudyFile, Trial, best_of, locked, next_common, top_strength
+from realign.tune.study import StudyFile
 
-LIMITS = Limits(utility_drop=0.05, over_refusal_rise=1.0)
-FINETUNED = {"h": Rate("harmful", "asr", 100, 100, 0), "t": Rate("task", "error_rate", 10, 100, 0)}
+LIMITS = Limits(utility_drop=0.05, over_refusal_rise=1.0, confidence=0.5)
+
+
+def rate(kind: str, metric: str, bad: int, n: int = 100) -> Rate:
+    return Rate(kind, metric, "/".join("1" * bad + "0" * (n - bad)))
+
+
+FINETUNED = {"h": rate("harmful", "asr", 100), "t": rate("task", "error_rate", 10)}
 
 
 def measured(number: int, point: Point) -> Trial:
     """A world in which the second group restores safety and the first one costs accuracy."""
     first, second = point[0], point[-1]
-    bad = round(100 * max(0.0, 1 - 0.8 * second - 0.1 * first))
-    wrong = 10 + round(10 * first)
     rates = {
-        "h": Rate("harmful", "asr", bad, 100, 0),
-        "t": Rate("task", "error_rate", wrong, 100, 0),
+        "h": rate("harmful", "asr", round(100 * max(0.0, 1 - 0.8 * second - 0.1 * first))),
+        "t": rate("task", "error_rate", 10 + round(10 * first)),
     }
-    return Trial(number, point, Proxies(second, first), rates, cost_of(rates, FINETUNED))
+    cost = cost_of(rates, FINETUNED, confidence=0.5)
+    return Trial(number, point, Proxies(second, first), rates, cost)
 
 
 def study(folder: Path, *, about: str = "x", groups: int = 2) -> StudyFile:
     folder.mkdir(exist_ok=True)
-    return StudyFile(folder, about={"what": about}, groups=groups, top=1.5)
+    return StudyFile(folder, about={"what": about}, limits=LIMITS, groups=groups, top=1.5)
 
 
 def carry_on(file: StudyFile, trials: int) -> list[Point]:
     if file.finetuned is None:
         file.set_finetuned(FINETUNED)
     while len(known := file.trials()) < trials:
-        point = file.propose(limits=LIMITS, seed=3)
+        point = file.propose(seed=3)
         assert point is not None
-        file.add(measured(len(known), point), limits=LIMITS)
+        file.add(file.begin(point), measured(len(known), point))
     return [trial.point for trial in file.trials()]
 
 
@@ -62,6 +68,7 @@ def test_a_killed_run_leaves_a_study_that_goes_on(tmp_path: Path) -> None:
     journal = tmp_path / "b" / "study.journal"
     with journal.open("ab") as file:
         file.write(b'{"op_code": 4, "worker')
+    study(tmp_path / "b").begin((0.7, 0.7)).report(0, -1.0)  # in memory only
     assert carry_on(study(tmp_path / "b"), 8) == whole
 
 
@@ -91,7 +98,7 @@ def test_the_common_strength_is_bracketed() -> None:
 
 
 def test_where_nothing_breaks_the_top_is_taken() -> None:
-    free = Limits(utility_drop=1.0, over_refusal_rise=1.0)
+    free = Limits(utility_drop=1.0, over_refusal_rise=1.0, confidence=0.5)
     trials: list[Trial] = []
     while (t := next_common(trials, free, top=1.5)) is not None:
         trials.append(measured(len(trials), (t,)))
@@ -99,7 +106,9 @@ def test_where_nothing_breaks_the_top_is_taken() -> None:
 
 
 def test_best_is_safer_than_the_fine_tune_or_there_is_none() -> None:
-    useless = Trial(0, (1.0,), Proxies(0.0, 0.0), FINETUNED, cost_of(FINETUNED, FINETUNED))
+    useless = Trial(
+        0, (1.0,), Proxies(0.0, 0.0), FINETUNED, cost_of(FINETUNED, FINETUNED, confidence=0.5)
+    )
     assert best_of([useless], FINETUNED, LIMITS) is None
     costly = measured(1, (1.0,))
     assert best_of([useless, costly], FINETUNED, LIMITS) is None
@@ -107,31 +116,21 @@ def test_best_is_safer_than_the_fine_tune_or_there_is_none() -> None:
     assert best_of([useless, costly, good], FINETUNED, LIMITS) is good
 
 
-def test_proxies_pass_over_what_cannot_win() -> None:
-    kept, broken = measured(0, (0.5,)), measured(1, (1.1,))
-    slightly = measured(2, (0.6,))  # one point above the limit: chance, and no reason
-    known = [kept, broken, slightly]
-    assert "refuses less than trial 1" in hopeless(Proxies(0.4, 0.1), known, LIMITS)
-    assert "farther from the fine-tune than trial 2" in hopeless(Proxies(9, 1.5), known, LIMITS)
-    assert hopeless(Proxies(0.9, 0.9), known, LIMITS) == ""
-    assert hopeless(Proxies(None, 0.2), known, LIMITS) == ""
-    assert hopeless(Proxies(-5.0, 9.0), [], LIMITS) == ""
-
-
 def test_costs_are_those_of_the_worst_suite() -> None:
-    before = FINETUNED | {
-        "u": Rate("task", "error_rate", 50, 100, 0),
-        "s": Rate("safe", "over_refusal", 0, 50, 0),
-    }
+    before = FINETUNED | {"u": rate("task", "error_rate", 50), "s": rate("safe", "refusal", 0, 50)}
     after = before | {
-        "u": Rate("task", "error_rate", 58, 100, 0),
-        "s": Rate("safe", "over_refusal", 1, 50, 0),
-        "h": Rate("harmful", "asr", 20, 100, 0),
+        "u": rate("task", "error_rate", 58),
+        "s": rate("safe", "refusal", 1, 50),
+        "h": rate("harmful", "asr", 20),
     }
-    cost = cost_of(after, before)
-    assert cost == Cost(harm=0.2, utility_drop=pytest.approx(0.08), over_refusal_rise=0.02)
+    cost = cost_of(after, before, confidence=0.5)
+    assert cost == Cost(0.2, pytest.approx(0.08), 0.02, pytest.approx(0.08), 0.02)
     assert not cost.within(LIMITS)
-    assert cost.within(Limits(utility_drop=0.08, over_refusal_rise=0.02)), "the limit itself holds"
+    held = Limits(utility_drop=0.08, over_refusal_rise=0.02)
+    assert cost.within(held), "the limit itself holds"
+    sure = cost_of(after, before, confidence=0.9)
+    assert (sure.harm, sure.utility_drop) == (cost.harm, cost.utility_drop)
+    assert not sure.within(held), "by its bound it does not"
 
 
 def test_the_top_is_a_step_within_the_bound() -> None:

@@ -21,7 +21,8 @@ OPTIONS: list[str | Path] = [
 for _name in SUITES:
     OPTIONS += ["--suite", suite(_name)]
 REPLACE = ["--method", "replace", "--set", "rank=4"]
-LOOSE = ["--max-utility-drop", "0.2", "--max-over-refusal-rise", "0.2"]
+LOOSE = ["--max-utility-drop", "0.4", "--max-over-refusal-rise", "0.3"]
+AS_IT_IS = ["--confidence", "0.5"]
 
 
 def document(folder: Path) -> dict[str, Any]:
@@ -43,7 +44,8 @@ def test_finds_a_strength_that_removes_harm(done: Path, tmp_path: Path) -> None:
     harmful = next(row for row in found["held_out"]["rows"] if row["kind"] == "harmful")
     assert harmful["rates"]["subject"]["rate"] >= 0.8
     assert harmful["rates"]["repaired"]["rate"] <= 0.2
-    assert all(row["holds"] for row in found["held_out"]["rows"])
+    assert all(row["verdict"] == "met" for row in found["held_out"]["rows"])
+    assert all(row["at_most"] > row["difference"] for row in found["held_out"]["rows"])
     # What is kept is what the same strength writes by hand.
     strength = found["chosen"]["strength"]
     by_hand = tmp_path / "by-hand"
@@ -96,7 +98,7 @@ def test_infeasible_is_said_and_nothing_is_written(tmp_path: Path) -> None:
     # The whole way back to the aligned model loses the task; less of it restores nothing.
     out = tmp_path / "out"
     outcome = realign(
-        "tune", model(), *OPTIONS, "--method", "wise_ft", "--max-utility-drop", "0",
+        "tune", model(), *OPTIONS, "--method", "wise_ft", "--max-utility-drop", "0", *AS_IT_IS,
         "--max-strength", "0.3", "--trials", "3", "--json", "-o", out,
     )  # fmt: skip
     found = outcome.json
@@ -118,7 +120,10 @@ def test_infeasible_is_said_and_nothing_is_written(tmp_path: Path) -> None:
         ([*OPTIONS, "--max-strength", "0"], "--max-strength is 0"),
         ([*OPTIONS, "--max-utility-drop", "2"], "--max-utility-drop is 2"),
         ([*OPTIONS, "--held-out", "1"], "--held-out is 1"),
-        ([*OPTIONS, *REPLACE, "--judge", "logprob"], "the judge logprob needs a threshold"),
+        ([*OPTIONS, "--confidence", "0.4"], "--confidence is 0.4"),
+        ([*OPTIONS, *REPLACE], "tuning prompts cannot show --max-"),
+        ([*OPTIONS, *LOOSE, "--method", "resta", "--patch"], "is no LoRA patch"),
+        ([*OPTIONS, *REPLACE, *LOOSE, "--judge", "logprob"], "the judge logprob needs a threshold"),
         ([*OPTIONS, "--final-suite", suite("harmful")], "(--final-suite safe=FILE)"),
         ([*OPTIONS, "--method", "replace", "--set", "rank=-1"], "rank = -1 is out of range"),
     ],
@@ -142,7 +147,8 @@ def test_without_optuna_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.M
 
 def test_the_fine_tune_belongs_to_the_front() -> None:
     def cost(harm: float, drop: float) -> dict[str, Any]:
-        return {"harm": harm, "utility_drop": drop, "over_refusal_rise": None}
+        at_most = {"utility_at_most": drop + 0.01, "over_refusal_at_most": None}
+        return {"harm": harm, "utility_drop": drop, "over_refusal_rise": None} | at_most
 
     def trial(number: int, harm: float, drop: float) -> dict[str, Any]:
         return {"number": number, "point": [1.0], "within": True, "cost": cost(harm, drop)}

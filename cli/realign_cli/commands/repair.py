@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,47 +12,17 @@ import typer
 from realign.errors import UsageError
 from realign_cli.command import Example, command
 from realign_cli.imports import swift_imports
-from realign_cli.options import (
-    Aligned,
-    Also,
-    Base,
-    BatchSize,
-    Device,
-    HarmfulData,
-    Judges,
-    KeepData,
-    Limit,
-    MaxNewTokens,
-    Offline,
-    Offload,
-    Pairs,
-    Policy,
-    Reference,
-    SafeData,
-    SafetyModel,
-    Seed,
-    Suites,
-    TaskData,
-    Unaligned,
-)
+from realign_cli.options import BatchSize, Judges, Limit, MaxNewTokens, Policy, Suites
 from realign_cli.repair_gate import RepairGate
 from realign_cli.repair_options import (
-    Anchors,
-    AsPatch,
     Audit,
     AuditOut,
     DryRun,
     Encode,
     FineTunes,
     Force,
-    LayerList,
-    MaxPatchRank,
-    MethodName,
-    ModuleList,
     Out,
-    SafetyVector,
-    ScopeName,
-    Settings,
+    RepairOptions,
     Strength,
 )
 from realign_cli.repair_several import run_all, show_plans
@@ -147,29 +116,10 @@ def repair(
     sink: Sink,
     finetuned: FineTunes,
     *,
-    aligned: Aligned = None,
-    base: Base = None,
-    unaligned: Unaligned = None,
-    safety_model: SafetyModel = None,
-    reference: Reference = None,
-    also: Also = None,
-    method: MethodName = "lssf",
-    settings: Settings = None,
+    options: RepairOptions,
     strength: Strength = 1.0,
-    safety_vector: SafetyVector = None,
-    scope: ScopeName = None,
-    layers: LayerList = None,
-    modules: ModuleList = None,
-    anchors: Anchors = None,
-    safe_data: SafeData = None,
-    harmful_data: HarmfulData = None,
-    task_data: TaskData = None,
-    keep_data: KeepData = None,
-    pairs: Pairs = None,
     out: Out = None,
     dry_run: DryRun = False,
-    patch: AsPatch = False,
-    max_patch_rank: MaxPatchRank = None,
     encode: Encode = None,
     force: Force = False,
     audit: Audit = False,
@@ -180,10 +130,6 @@ def repair(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 16,
-    device: Device = "auto",
-    offload: Offload = False,
-    seed: Seed = 0,
-    offline: Offline = False,
 ) -> int | None:
     """Repair a fine-tune that lost its safety training, without training it again."""
     if out is None and not dry_run:
@@ -201,50 +147,21 @@ def repair(
         )
     if not audit and (policy is not None or judges or audit_out is not None):
         raise UsageError("--policy, --judge and --audit-out belong to --audit", "add --audit")
-    if audit and patch:
+    if audit and options.patch:
         raise UsageError(
             "--audit and --patch do not go together",
             "write the patch, then audit the fine-tune with it: realign audit ... MODEL+PATCH",
         )
 
     with swift_imports():
-        from realign.repair.request import RepairRequest
-
-    chosen = list(settings or [])
-    if safety_vector is not None:
-        chosen.append(f"safety_vector={safety_vector}")
-    request = RepairRequest(
-        finetuned=finetuned[0],
-        output=out,
-        method=method,
-        settings=chosen,
-        aligned=aligned,
-        base=base,
-        unaligned=unaligned,
-        safety=safety_model,
-        reference=reference,
-        also=tuple(also or ()),
-        safe_data=safe_data,
-        harmful_data=harmful_data,
-        task_data=task_data,
-        keep_data=keep_data,
-        pairs=pairs,
-        layers=layers,
-        modules=modules,
-        scope=scope,
-        strength=strength,
-        anchors=anchors,
-        suites=tuple(suites or ()),
-        patch=patch,
-        max_patch_rank=max_patch_rank,
-        encode=encode,
-        device=device,
-        offload=offload,
-        seed=seed,
-        force=force,
-        offline=offline,
-        command=("realign", *sys.argv[1:]),
-    )
+        request = options.request(
+            finetuned[0],
+            output=out,
+            strength=strength,
+            suites=tuple(suites or ()),
+            encode=encode,
+            force=force,
+        )
     if dry_run:
         if len(finetuned) > 1:
             return show_plans(sink, request, finetuned)

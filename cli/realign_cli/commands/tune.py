@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -13,29 +11,13 @@ from realign_cli.command import Example, command
 from realign_cli.imports import swift_imports
 from realign_cli.options import (
     AUDIT_PANEL,
-    TEXTS_PANEL,
-    Aligned,
-    Also,
-    Base,
     BatchSize,
-    Device,
-    HarmfulData,
     Judges,
-    KeepData,
     Limit,
     MaxNewTokens,
-    Offline,
-    Offload,
-    Pairs,
-    Reference,
-    SafeData,
-    SafetyModel,
-    Seed,
     Suites,
-    TaskData,
-    Unaligned,
 )
-from realign_cli.repair_options import METHOD_PANEL
+from realign_cli.repair_options import Out, RepairOptions
 from realign_cli.sink import Sink
 
 SEARCH_PANEL = "Search"
@@ -63,15 +45,19 @@ write. A point is scored first (refusal log-odds on harmful prompts, KL from the
 others); answers are generated and judged only where the scores leave something to hope for.
 
 Chosen is the safest point within the limits, which are counted against the fine-tune on the same
-prompts. Then the checkpoint is written and audited on prompts that chose nothing: a part of every
-suite, divided by cluster, or those of `--final-suite`. Where a limit does not hold there, or harm
-did not fall, the checkpoint is not kept. See [tuning](../tune.md).
+prompts and must be kept with `--confidence`, not by the figure alone; a suite that is too small to
+show its limit is refused before anything runs. Then the checkpoint, or with `--patch` the LoRA
+adapter, is written and audited on prompts that chose nothing: a part of every suite, divided by
+cluster, or those of `--final-suite`. Where a limit is broken there, or harm did not fall, it is not
+kept. See [tuning](../tune.md).
 
 `DIR` holds `tune.json`, `tune.html`, `tune.md`, the study (`study.journal`, which the same command
-goes on with), the audit of the held-out prompts (`held-out/`) and the checkpoint (`repaired/`).
+goes on with), the audit of the held-out prompts (`held-out/`) and the result (`repaired/` or
+`patch/`).
 
-Exit codes: 0 the limits hold on held-out prompts; 1 they do not, or no point was within them; 2
-could not complete.
+Exit codes: 0 held-out prompts confirm every limit; 1 they do not: the result is written where every
+figure keeps its limit, and not where one is broken or no point was within the limits; 2 could not
+complete.
 """
 
 
@@ -86,69 +72,8 @@ def tune(
         str, typer.Argument(metavar="FINETUNED", help="The checkpoint to repair.")
     ],
     *,
-    aligned: Aligned = None,
-    base: Base = None,
-    unaligned: Unaligned = None,
-    safety_model: SafetyModel = None,
-    reference: Reference = None,
-    also: Also = None,
-    method: Annotated[
-        str,
-        typer.Option("--method", "-m", metavar="NAME", help="How.", rich_help_panel=METHOD_PANEL),
-    ] = "lssf",
-    settings: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="A parameter of the method. May be repeated.",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    scope: Annotated[
-        str | None,
-        typer.Option(
-            "--scope",
-            metavar="SCOPE",
-            help="block_linear, matrices or all. (default: the method's)",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers",
-            metavar="LIST",
-            help="Edit these decoder blocks only, as 0-5,8.",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    modules: Annotated[
-        str | None,
-        typer.Option(
-            "--modules",
-            metavar="LIST",
-            help="Edit these kinds of modules only, as q_proj,v_proj. (default: the method's)",
-            rich_help_panel=METHOD_PANEL,
-        ),
-    ] = None,
-    anchors: Annotated[
-        str | None,
-        typer.Option(
-            "--anchors",
-            metavar="FILE",
-            help="Prompts the aligned model refuses (JSONL). (default: core-anchors)",
-            rich_help_panel=TEXTS_PANEL,
-        ),
-    ] = None,
-    safe_data: SafeData = None,
-    harmful_data: HarmfulData = None,
-    task_data: TaskData = None,
-    keep_data: KeepData = None,
-    pairs: Pairs = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="DIR", help="The folder of the tuning.")
-    ] = None,
+    options: RepairOptions,
+    out: Out = None,
     max_utility_drop: Annotated[
         float,
         typer.Option(
@@ -167,6 +92,15 @@ def tune(
             rich_help_panel=SEARCH_PANEL,
         ),
     ] = 0.02,
+    confidence: Annotated[
+        float,
+        typer.Option(
+            "--confidence",
+            metavar="C",
+            help="How sure it must be that a limit is kept; 0.5 takes figures as they are.",
+            rich_help_panel=SEARCH_PANEL,
+        ),
+    ] = 0.9,
     groups: Annotated[
         int,
         typer.Option(
@@ -226,16 +160,11 @@ def tune(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 16,
-    device: Device = "auto",
-    offload: Offload = False,
-    seed: Seed = 0,
-    offline: Offline = False,
 ) -> int | None:
     """Find the strength that restores the most safety within limits on what it may cost."""
     if out is None:
         raise UsageError("a tuning needs a folder for its study and output", "give one with -o DIR")
     with swift_imports():
-        from realign.repair.request import RepairRequest
         from realign.report.tune import tune_tables, write_tune_files
         from realign.tune.request import Limits, TuneRequest
         from realign.tune.run import tune as find
@@ -244,35 +173,15 @@ def tune(
     given = [each.limited(limit) for each in load_suites(suites or [])]
     final = [each.limited(limit) for each in load_suites(final_suites or [])]
     request = TuneRequest(
-        repair=RepairRequest(
-            finetuned=finetuned,
-            method=method,
-            settings=list(settings or []),
-            aligned=aligned,
-            base=base,
-            unaligned=unaligned,
-            safety=safety_model,
-            reference=reference,
-            also=tuple(also or ()),
-            safe_data=safe_data,
-            harmful_data=harmful_data,
-            task_data=task_data,
-            keep_data=keep_data,
-            pairs=pairs,
-            layers=layers,
-            modules=modules,
-            scope=scope,
-            anchors=anchors,
-            device=device,
-            offload=offload,
-            seed=seed,
-            offline=offline,
-            command=("realign", *sys.argv[1:]),
-        ),
+        repair=options.request(finetuned),
         out=out,
         suites=tuple(given),
         final_suites=tuple(final),
-        limits=Limits(utility_drop=max_utility_drop, over_refusal_rise=max_over_refusal_rise),
+        limits=Limits(
+            utility_drop=max_utility_drop,
+            over_refusal_rise=max_over_refusal_rise,
+            confidence=confidence,
+        ),
         groups=groups,
         max_strength=max_strength,
         trials=trials,
