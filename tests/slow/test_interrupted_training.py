@@ -1,4 +1,4 @@
-"""Ctrl-C while a repair trains, at a real terminal; and trainings with several threads.
+"""Ctrl-C while a repair trains, at a real terminal; trainings with several threads, and an adapter.
 
 The process gets SIGINT when its terminal shows that the training has begun.
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from support.repair_support import folder_bytes
+from support.training_layouts_support import check_adapter, make_bench
 from support.training_support import (
     DRIFTED,
     SUITES,
@@ -146,3 +147,7 @@ def test_a_training_does_not_depend_on_threads(
             repair_tiny(method, out, settings=dict(settings), **given)
         found.append(weights_of(out))
     assert found[0] == found[1] != weights_of(DRIFTED)
+
+
+def test_quantising_an_adapter_is_quantising_the_model_that_peft_merges(tmp_path: Path) -> None:
+    check_adapter(make_bench(tmp_path), tmp_path, "q_realign")

@@ -20,7 +20,7 @@ from realign.errors import EmptyEditError
 from realign.model.generation import generate
 from realign.model.loading import load_model
 
-ITEMS: Mapping[str, int] = {"harmful": 24, "lookalikes": 12, "howto2": 12}
+ITEMS: Mapping[str, int] = {"harmful": 16, "lookalikes": 8, "howto2": 8}
 
 
 def verdicts(folder: Path) -> list[tuple[str, JudgeResult]]:
@@ -54,7 +54,7 @@ def test_every_verdict_of_the_control_is_the_fine_tunes(tmp_path: Path) -> None:
         repair_tiny(
             "q_realign",
             tmp_path / "out",
-            settings={"quantise": False, "prompts": 32},
+            settings={"quantise": False, "prompts": 16},
             anchors=SUITES / "anchors.jsonl",
             keep_data=SUITES / "keep.jsonl",
         )

@@ -7,7 +7,6 @@ it the form of the result is checked, which is exact, instead of its numbers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,75 +23,21 @@ from support.layouts_support import (
     stack_experts,
 )
 from support.repair_support import drift, read_folder
+from support.training_layouts_support import SETTINGS, Bench, check_adapter, make_bench, near
 from support.training_support import (
     DRIFTED,
-    SUITES,
     TINY,
-    refusals,
-    repair_tiny,
-    rows,
-    write_rows,
 )
 from torch import Tensor
 
 from realign.errors import ModelError, UsageError
-from realign.repair.engine import RepairResult
 
-SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    "one_shot": {"rounds": 2, "example": "safe"},
-    "safe_patching": {"lr": 3e-4, "steps": 2, "batch": 4, "p": 1.0},  # p < 1 draws by name
-    "somf": {"epochs": 2, "lr": 0.3, "space": "merged"},
-    "q_realign": {"prompts": 16, "epochs_first": 1, "epochs_rest": 1, "bits": 4},
-}
-TEXTS: Mapping[str, tuple[str, ...]] = {
-    "one_shot": ("safe_data",),
-    "safe_patching": ("harmful_data",),
-    "somf": ("safe_data", "keep_data"),
-    "q_realign": ("anchors", "keep_data"),
-}
 every_method = pytest.mark.parametrize("method", SETTINGS)
-
-
-@dataclass(frozen=True)
-class Bench:
-    """One repair per method of the plain layout, and repairs of others."""
-
-    texts: Mapping[str, Path]
-    folder: Path
-
-    def repair(self, method: str, out: Path, **options: Any) -> RepairResult:
-        given = {name: self.texts[name] for name in TEXTS[method]}
-        settings = {**SETTINGS[method], **options.pop("settings", {})}
-        return repair_tiny(method, out, settings=settings, **{**given, **options})
-
-    def plain(self, method: str) -> Path:
-        out = self.folder / method
-        if not out.exists():
-            self.repair(method, out)
-        return out
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    folder = tmp_path_factory.mktemp("training-layouts")
-    texts = {
-        "safe_data": write_rows(folder / "safe.jsonl", refusals(8)),
-        "keep_data": write_rows(folder / "keep.jsonl", rows("keep", 8)),
-        "harmful_data": write_rows(folder / "harmful.jsonl", rows("harmful", 8)),
-        "anchors": SUITES / "anchors.jsonl",
-    }
-    return Bench(texts, folder)
-
-
-def near(
-    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], before: Mapping[str, Tensor]
-) -> None:
-    """Equal up to what rounding elsewhere does to a training; few entries may fall otherwise."""
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        moved = (tensor - before[name]).abs().max()
-        apart = (found[name] - tensor).abs() > 1e-3 * moved + 2e-7
-        assert int(apart.sum()) <= 2e-3 * apart.numel(), (name, int(apart.sum()), apart.numel())
+    return make_bench(tmp_path_factory.mktemp("training-layouts"))
 
 
 def masked_rows(after: Tensor, before: Tensor, aligned: Tensor) -> None:
@@ -140,22 +85,12 @@ def test_fused_projections_are_repaired_as_their_parts(
         masked_rows(whole[key], before[key], aligned[key])
 
 
-@every_method
+@pytest.mark.parametrize("method", [name for name in SETTINGS if name != "q_realign"])
 def test_an_adapter_is_repaired_as_the_model_that_peft_merges(
     bench: Bench, tmp_path: Path, method: str
 ) -> None:
-    aligned = TINY / "aligned"
-    adapter = tune(
-        aligned, tmp_path / "adapter", r=3, size=0.05, target_modules=["q_proj", "down_proj"]
-    )
-    merged = copied(DRIFTED, tmp_path / "merged")
-    with_adapter(aligned, adapter).merge_and_unload().save_pretrained(merged)
-    for name, finetuned in {"one": adapter, "two": merged}.items():
-        bench.repair(method, tmp_path / name, finetuned=finetuned)
-    before, expected = read_folder(merged), read_folder(tmp_path / "two")
-    near(read_folder(tmp_path / "one"), expected, before)
-    edited = [name for name in expected if not torch.equal(expected[name], before[name])]
-    assert len(edited) >= 4
+    """`q_realign` takes longer: tests/slow/test_interrupted_training.py."""
+    check_adapter(bench, tmp_path, method)
 
 
 def test_factors_of_an_adapter_are_masked_alike_over_any_base(bench: Bench, tmp_path: Path) -> None:
@@ -233,7 +168,8 @@ def test_stacked_experts_are_repaired_as_single_ones(
 ) -> None:
     for name in ("apart", "stacked"):
         options = {"finetuned": experts[name], "aligned": experts["aligned"]}
-        bench.repair(method, tmp_path / name, **options)
+        settings = {"epochs": 1} if method == "somf" else {}
+        bench.repair(method, tmp_path / name, settings=settings, **options)
     before = stack_experts(read_folder(experts["apart"]))
     expected = stack_experts(read_folder(tmp_path / "apart"))
     found = read_folder(tmp_path / "stacked")
