@@ -178,6 +178,16 @@ AuditOut = Annotated[
 
 
 @dataclass(frozen=True, kw_only=True)
+class MachineOptions:
+    """Where a repair runs: a group, see `option_groups`."""
+
+    device: Device = "auto"
+    offload: Offload = False
+    seed: Seed = 0
+    offline: Offline = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class RepairOptions:
     """Every option that says what a repair computes: a group, see `option_groups`."""
 
@@ -199,19 +209,14 @@ class RepairOptions:
     task_data: TaskData = None
     keep_data: KeepData = None
     pairs: Pairs = None
-    patch: AsPatch = False
-    max_patch_rank: MaxPatchRank = None
-    device: Device = "auto"
-    offload: Offload = False
-    seed: Seed = 0
-    offline: Offline = False
 
-    def request(self, finetuned: str, **more: Any) -> RepairRequest:
+    def request(self, finetuned: str, machine: MachineOptions, **more: Any) -> RepairRequest:
         """The request.
 
         Args:
             finetuned: the checkpoint to repair.
-            more: fields of the request that only one command sets.
+            machine: where it runs.
+            more: further fields of the request.
         """
         from realign.repair.request import RepairRequest
 
@@ -237,12 +242,10 @@ class RepairOptions:
             modules=self.modules,
             scope=self.scope,
             anchors=self.anchors,
-            patch=self.patch,
-            max_patch_rank=self.max_patch_rank,
-            device=self.device,
-            offload=self.offload,
-            seed=self.seed,
-            offline=self.offline,
+            device=machine.device,
+            offload=machine.offload,
+            seed=machine.seed,
+            offline=machine.offline,
             command=("realign", *sys.argv[1:]),
             **more,
         )

@@ -15,12 +15,15 @@ from realign_cli.imports import swift_imports
 from realign_cli.options import BatchSize, Judges, Limit, MaxNewTokens, Policy, Suites
 from realign_cli.repair_gate import RepairGate
 from realign_cli.repair_options import (
+    AsPatch,
     Audit,
     AuditOut,
     DryRun,
     Encode,
     FineTunes,
     Force,
+    MachineOptions,
+    MaxPatchRank,
     Out,
     RepairOptions,
     Strength,
@@ -120,6 +123,8 @@ def repair(
     strength: Strength = 1.0,
     out: Out = None,
     dry_run: DryRun = False,
+    patch: AsPatch = False,
+    max_patch_rank: MaxPatchRank = None,
     encode: Encode = None,
     force: Force = False,
     audit: Audit = False,
@@ -130,6 +135,7 @@ def repair(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 16,
+    machine: MachineOptions,
 ) -> int | None:
     """Repair a fine-tune that lost its safety training, without training it again."""
     if out is None and not dry_run:
@@ -147,7 +153,7 @@ def repair(
         )
     if not audit and (policy is not None or judges or audit_out is not None):
         raise UsageError("--policy, --judge and --audit-out belong to --audit", "add --audit")
-    if audit and options.patch:
+    if audit and patch:
         raise UsageError(
             "--audit and --patch do not go together",
             "write the patch, then audit the fine-tune with it: realign audit ... MODEL+PATCH",
@@ -156,9 +162,12 @@ def repair(
     with swift_imports():
         request = options.request(
             finetuned[0],
+            machine,
             output=out,
             strength=strength,
             suites=tuple(suites or ()),
+            patch=patch,
+            max_patch_rank=max_patch_rank,
             encode=encode,
             force=force,
         )

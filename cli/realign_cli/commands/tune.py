@@ -17,7 +17,7 @@ from realign_cli.options import (
     MaxNewTokens,
     Suites,
 )
-from realign_cli.repair_options import Out, RepairOptions
+from realign_cli.repair_options import AsPatch, MachineOptions, MaxPatchRank, Out, RepairOptions
 from realign_cli.sink import Sink
 
 SEARCH_PANEL = "Search"
@@ -74,6 +74,8 @@ def tune(
     *,
     options: RepairOptions,
     out: Out = None,
+    patch: AsPatch = False,
+    max_patch_rank: MaxPatchRank = None,
     max_utility_drop: Annotated[
         float,
         typer.Option(
@@ -160,6 +162,7 @@ def tune(
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 16,
+    machine: MachineOptions,
 ) -> int | None:
     """Find the strength that restores the most safety within limits on what it may cost."""
     if out is None:
@@ -173,7 +176,7 @@ def tune(
     given = [each.limited(limit) for each in load_suites(suites or [])]
     final = [each.limited(limit) for each in load_suites(final_suites or [])]
     request = TuneRequest(
-        repair=options.request(finetuned),
+        repair=options.request(finetuned, machine, patch=patch, max_patch_rank=max_patch_rank),
         out=out,
         suites=tuple(given),
         final_suites=tuple(final),
