@@ -74,6 +74,13 @@ def test_a_parameter_out_of_range(tmp_path: Path, method: str, name: str) -> Non
         ("irr", ["keep_fraction=1"], "keep_fraction = 1 keeps every conflict"),
         ("nlsr", ["fraction=0"], "fraction = 0 leaves nothing to repair"),
         ("nlsr", ["q=1"], "q = 1 leaves nothing to repair"),
+        ("safemerge", ["w=1"], "w = 1 keeps the fine-tune whole"),
+        ("safe_lora", ["tau=0"], "tau = 0 selects no matrix"),
+        ("one_shot", ["k=5000"], "k = 5000 is above the rank of every matrix"),
+        ("somf", ["threshold=0"], "threshold = 0 keeps everything"),
+        ("somf", ["threshold=1"], "threshold = 1 keeps nothing"),
+        ("safe_patching", ["p=0"], "p = 0 keeps nothing of the patches"),
+        ("q_realign", ["quantise=false", "smooth=false"], "leave nothing to do"),
     ],
 )
 def test_settings_that_choose_everything_or_nothing(
@@ -157,17 +164,26 @@ def test_fine_tunes_to_fuse_with_a_method_that_does_not(tmp_path: Path) -> None:
     refused(repair(tmp_path, None, *options), "cannot fuse others", "somf")
 
 
-def test_the_factors_of_a_fine_tune_that_has_none(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["antidote", "nlsr", "somf"])
+def test_the_factors_of_a_fine_tune_that_has_none(tmp_path: Path, method: str) -> None:
     texts = _file(tmp_path, ROW)
-    options = ["--method", "antidote", "--set", "space=adapter", "--harmful-data", texts]
-    refused(repair(tmp_path, None, *options), "adapter")
+    options = ["--method", method, "--set", "space=adapter", "--harmful-data", texts]
+    result = repair(tmp_path, None, *options, "--safe-data", texts, "--keep-data", texts)
+    refused(result, f"{method} with space = adapter needs", "LoRA adapter", "--set space=merged")
 
 
 # --- texts -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("method", "option"), [("antidote", "--harmful-data"), ("irr", "--task-data")]
+    ("method", "option"),
+    [
+        ("antidote", "--harmful-data"),
+        ("irr", "--task-data"),
+        ("safe_patching", "--harmful-data"),
+        ("q_realign", "--keep-data"),
+        ("somf", "--keep-data"),
+    ],
 )
 def test_texts_that_a_method_needs(tmp_path: Path, method: str, option: str) -> None:
     vector = {"unaligned": model("base")} if method == "irr" else {}
@@ -199,7 +215,13 @@ def test_texts_that_are_not_there_or_empty(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("method", "option"),
-    [("antidote", "--harmful-data"), ("safe_delta", "--safe-data"), ("nlsr", "--safe-data")],
+    [
+        ("antidote", "--harmful-data"),
+        ("safe_delta", "--safe-data"),
+        ("nlsr", "--safe-data"),
+        ("safe_patching", "--harmful-data"),
+        ("one_shot", "--safe-data"),
+    ],
 )
 def test_texts_that_the_audit_asks_too(tmp_path: Path, method: str, option: str) -> None:
     lines = suite("harmful").read_text("utf-8").splitlines()
