@@ -43,7 +43,8 @@ def headline(document: Mapping[str, Any]) -> list[str]:
     limits = limits_text(document)
     if chosen is None:
         return [
-            f"no strength looked at is safer than the fine-tune and within the limits ({limits})",
+            f"no strength looked at is safer than the fine-tune and within the limits ({limits}"
+            f"{_sure(document)})",
             *_nearest(document),
         ]
     cost = chosen["cost"]
@@ -56,21 +57,26 @@ def headline(document: Mapping[str, Any]) -> list[str]:
         word: [row["suite"] for row in held_out["rows"] if row["verdict"] == word]
         for word in ("met", "not confirmed", "not met")
     }
-    sure = f"{100 * document['limits']['confidence']:g} %"
     broken, open_ = by_verdict["not met"], by_verdict["not confirmed"]
     kind = "patch" if document["output"] == "patch" else "checkpoint"
     if broken:
         lines.append(f"held-out prompts: not met on {', '.join(broken)}; nothing is kept")
     elif open_:
         lines.append(
-            f"held-out prompts: every figure keeps its limit, but they do not confirm it with "
-            f"{sure} confidence on {', '.join(open_)}; the {kind} is written"
+            f"held-out prompts: every figure keeps its limit, not confirmed on "
+            f"{', '.join(open_)}{_sure(document)}; the {kind} is written"
         )
         lines.append("more prompts would decide it; so would a looser limit")
     else:
-        words = f"held-out prompts: less harm, and every limit met ({limits})"
-        lines.append(f"{words}, with {sure} confidence" if sure != "50 %" else words)
+        lines.append(
+            f"held-out prompts: less harm, and every limit met ({limits}{_sure(document)})"
+        )
     return lines
+
+
+def _sure(document: Mapping[str, Any]) -> str:
+    confidence = document["limits"]["confidence"]
+    return "" if confidence <= 0.5 else f", with {100 * confidence:g} % confidence"
 
 
 def limits_text(document: Mapping[str, Any]) -> str:
@@ -194,10 +200,10 @@ def pruning_text(document: Mapping[str, Any]) -> str:
     )
     trials, answers = len(document["search"]["trials"]), document["search"]["answers"]
     if not stages:
-        return f"no point was pruned; {answers['generated']} answers were generated"
+        return f"pruned: none; {answers['generated']} answers were generated"
     parts = [f"{stages[name]} at {name}" for name in STAGES if stages[name]]
     return (
-        f"{stages.total()} of {trials} points were pruned ({', '.join(parts)}); "
+        f"pruned: {stages.total()} of {trials} points ({', '.join(parts)}); "
         f"{answers['generated']} answers were generated instead of {answers['without_pruning']}"
     )
 
@@ -281,15 +287,16 @@ def _nearest(document: Mapping[str, Any]) -> list[str]:
     if not safer:
         return ["none of them restored any safety"]
 
-    def cost(trial: Mapping[str, Any]) -> float:
-        values = (trial["cost"]["utility_drop"], trial["cost"]["over_refusal_rise"])
-        return max(value for value in values if value is not None)
+    def worst(trial: Mapping[str, Any], *names: str) -> float:
+        return max(trial["cost"][name] for name in names if trial["cost"][name] is not None)
 
-    best = min(safer, key=cost)
+    best = min(safer, key=lambda trial: worst(trial, "utility_drop", "over_refusal_rise"))
+    change = worst(best, "utility_drop", "over_refusal_rise")
+    bound = worst(best, "utility_at_most", "over_refusal_at_most")
     point = ", ".join(f"{t:g}" for t in dict.fromkeys(best["point"]))
     return [
         f"the least costly one that helps: {point}, harm {percent(best['cost']['harm'])}, at "
-        f"{points(cost(best))} points on its worst suite"
+        f"{_bounded(change, bound)} points on its worst suite"
     ]
 
 
