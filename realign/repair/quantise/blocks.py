@@ -126,7 +126,8 @@ def smoothed_groups(
             raise ModelError(
                 f"{chain.prefix}.{index}: scaling {fed.norm} and what reads it changes the block's "
                 f"outputs by {min(errors):.1e} of their size: something else reads it, too",
-                "--set smooth=false quantises without smoothing",
+                "--set smooth=false quantises without smoothing; with --modules, name all kinds of "
+                "modules that read it",
             )
     if matrices and not groups:
         raise ModelError(
