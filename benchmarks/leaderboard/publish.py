@@ -3,10 +3,11 @@
     realign lab compare FAMILY -o DIR
     python benchmarks/leaderboard/publish.py DIR
 
-The tables between the page's markers, docs/data/leaderboard.json and the pictures are replaced;
-what is written by hand stays. An incomplete comparison may be published; the page says so; with
---whole a fine-tune counts only when every method has repaired it. The
-tables of docs/why-methods-fail.md come from docs/data/why-methods-fail.json, which `why.py` writes.
+The tables between the page's markers, the figures in its prose (`figures`),
+docs/data/leaderboard.json and the pictures are replaced; the rest, written by hand, stays. An
+incomplete comparison may be published, and the page says what is missing; with --whole a fine-tune
+counts only when every method has repaired it. The tables of docs/why-methods-fail.md come from
+docs/data/why-methods-fail.json, which `why.py` writes.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from figures import fill_figures
 from why_page import why_tables
 
 from realign.lab.compare import make_board, read_cells
@@ -69,11 +71,13 @@ def main() -> None:
     told = board_json(board)
     tables = {"leaderboard.md": board_page(board)}
     reasons = args.docs / "data" / "why-methods-fail.json"
-    if reasons.is_file():
-        tables["why-methods-fail.md"] = why_tables(reasons)
+    answers = json.loads(reasons.read_text(encoding="utf-8")) if reasons.is_file() else []
+    if answers:
+        tables["why-methods-fail.md"] = why_tables(answers)
     for name, made in tables.items():
         page = args.docs / name
-        page.write_text(fill(page.read_text(encoding="utf-8"), made), encoding="utf-8")
+        filled = fill(page.read_text(encoding="utf-8"), made)
+        page.write_text(fill_figures(filled, told, answers), encoding="utf-8")
     data = json.dumps(told, separators=(",", ":"), sort_keys=True) + "\n"
     (args.docs / "data" / "leaderboard.json").write_text(data, encoding="utf-8")
     save_pictures(told, args.docs / "pictures")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from realign.lab.leaderboard_page import table
@@ -34,9 +32,8 @@ GEOMETRY = {
 }
 
 
-def why_tables(file: Path) -> dict[str, str]:
+def why_tables(rows: list[Row]) -> dict[str, str]:
     """Every table by its marker."""
-    rows: list[Row] = json.loads(file.read_text("utf-8"))
     found = {"geometry": _geometry(rows), "scores": _scores(rows), "overlap": _overlap(rows)}
     for method, name in TITLES.items():
         found[name] = _exams(rows, method)
@@ -141,7 +138,7 @@ def _cells(row: Row) -> list[str]:
     harm = rates["harm"]
     return [
         f"{100 * harm['value']:.1f} ({100 * harm['low']:.1f}-{100 * harm['high']:.1f})",
-        f"{100 * row['drop'] + 0.0:.1f}",
+        f"{round(100 * row['drop'], 1) + 0.0:.1f}",
         f"{100 * rates['over_refusal']['value']:.1f}",
         f"{100 * rates['other']['value']:.1f}",
     ]

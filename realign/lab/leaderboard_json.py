@@ -61,6 +61,7 @@ def _curve_json(curve: Curve) -> dict[str, Any]:
         "finetuned": _point_json(curve.untouched),
         "points": [_point_json(point) for point in curve.points],
         "best": best.label,
+        "best_at": {f"{budget:g}": curve.best(budget).label for budget in BUDGETS},
         "usual": None if curve.usual is None else curve.usual.label,
         "harm_at": {f"{budget:g}": round(curve.harm_at(budget), 5) for budget in BUDGETS},
         "harm_interval_at": {

@@ -289,7 +289,7 @@ def _percent(value: float) -> str:
 
 
 def _signed(value: float) -> str:
-    return f"{100 * value + 0.0:+.1f}"
+    return f"{round(100 * value, 1) + 0.0:+.1f}"
 
 
 def _interval(estimate: Estimate) -> str:
