@@ -63,7 +63,7 @@ def _scores(rows: list[Row]) -> str:
             continue
         told = row["summary"]
         pairs = [
-            f"{told[name]['correlation']:+.2f} (p {told[name]['p']:.3f})"
+            f"{told[name]['correlation']:+.2f} ({_chance(told[name]['p'])})"
             for name in ("cosine_and_gain", "cosine_and_loss", "gain_and_loss")
         ]
         lines.append(
@@ -83,6 +83,10 @@ def _scores(rows: list[Row]) -> str:
         "refusal won, task lost",
     )
     return table(head, lines)
+
+
+def _chance(p: float) -> str:
+    return f"p {p:.3f}" if p >= 0.001 else "p < 0.001"
 
 
 def _overlap(rows: list[Row]) -> str:
