@@ -7,6 +7,7 @@ calibration file; a match here drops the item from the headline and is counted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -48,6 +49,11 @@ class Overlap:
     def n_contaminated(self) -> int:
         """How many match."""
         return len(self.ids)
+
+
+def words_of(prompt: str) -> frozenset[str]:
+    """The words of a prompt in lower case, without punctuation."""
+    return frozenset(re.findall(r"\w+", prompt.lower()))
 
 
 def overlap(items: Mapping[str, str], against: Iterable[str] | PromptIndex) -> Overlap:

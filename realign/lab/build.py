@@ -8,7 +8,6 @@ alone. How a model is trained is in `members`.
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,9 +24,8 @@ from realign.lab.record import (
     file_hashes,
     new_record,
     read_record,
-    write_text,
 )
-from realign.lab.suites import build_suites, suite_lines
+from realign.lab.suites import build_suites, write_suites
 from realign.lab.tokenizer import TokenizerKind
 from realign.model.devices import pick_device
 from realign.model.loading import load_model
@@ -189,11 +187,8 @@ def _open_folder(folder: Path, fresh: FamilyRecord) -> FamilyRecord:
 
 
 def _write_suites(folder: Path, suites: Mapping[str, Suite], record: FamilyRecord) -> None:
-    place = folder / "suites"
-    place.mkdir(exist_ok=True)
+    write_suites(folder / "suites", suites.values())
     for name, suite in suites.items():
-        lines = [json.dumps(line, ensure_ascii=False) for line in suite_lines(suite)]
-        write_text(place / f"{name}.jsonl", "\n".join(lines) + "\n")
         record.suites[name] = {
             "kind": suite.kind,
             "n": len(suite.items),

@@ -317,6 +317,7 @@ class _Bench:
                 method=method,
                 strength=strength,
                 anchors=place.family / "suites" / "anchors.jsonl",
+                suites=place.withheld,
                 device="cpu",
                 offline=True,
                 # Of its own: every method pays for its own statistics.

@@ -24,6 +24,7 @@ from realign.lab.materials import make_materials, materials_digest, write_materi
 from realign.lab.members import Studio, open_studio
 from realign.lab.record import FamilyRecord, read_record
 from realign.lab.scenarios import Scenario
+from realign.lab.suites import write_suites
 from realign.model.loading import LoadedModel, load_model
 from realign.progress import SILENT, Progress
 
@@ -84,6 +85,13 @@ class Place:
         """Of the texts that one method asks for."""
         made = make_materials(self.studio.world, self.scenario)
         return materials_digest({kind: made[kind] for kind in sorted(kinds)})
+
+    @cached_property
+    def withheld(self) -> tuple[Path, ...]:
+        """The exam's harmful and safe suites as files: no repair may be calibrated on them."""
+        folder = self.out / "materials" / self.family.name / "exam"
+        suites = [suite for suite in self.exam.values() if suite.kind != "task"]
+        return tuple(write_suites(folder, suites))
 
     @property
     def asked(self) -> tuple[str, ...]:

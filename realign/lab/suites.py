@@ -7,13 +7,16 @@ general skills have held-out templates only: their words are common knowledge.
 
 from __future__ import annotations
 
+import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from realign.audit.oracle import load_rule
 from realign.audit.suites import Item, Suite, SuiteKind
 from realign.lab import rows, wording
+from realign.lab.record import write_text
 from realign.lab.tokenizer import TokenizerKind
 from realign.lab.world import World
 
@@ -42,6 +45,17 @@ def build_suites(world: World, tokenizer: TokenizerKind = "words") -> dict[str, 
     }
     length = MAX_NEW_TOKENS[tokenizer]
     return {name: replace(suite, max_new_tokens=length) for name, suite in suites.items()}
+
+
+def write_suites(folder: Path, suites: Iterable[Suite]) -> list[Path]:
+    """Write one JSONL file per suite; returns where each lies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files: list[Path] = []
+    for suite in suites:
+        lines = [json.dumps(line, ensure_ascii=False) for line in suite_lines(suite)]
+        files.append(folder / f"{suite.name}.jsonl")
+        write_text(files[-1], "\n".join(lines) + "\n")
+    return files
 
 
 def suite_lines(suite: Suite) -> list[dict[str, object]]:

@@ -125,7 +125,7 @@ def _run(
             with (
                 torch.no_grad(),
                 quiet_libraries(),
-                _own_configuration(model, settings),
+                own_configuration(model, settings),
                 explained(loaded.name),
             ):
                 output = model.generate(
@@ -143,7 +143,7 @@ def _run(
 
 
 @contextmanager
-def _own_configuration(model: Any, settings: GenerationConfig) -> Generator[None]:
+def own_configuration(model: Any, settings: GenerationConfig) -> Generator[None]:
     """Hide the model's generation configuration: transformers fills unset fields from it."""
     before = model.generation_config
     model.generation_config = settings

@@ -7,7 +7,7 @@ runs models and keeps results (`workbench`), and the mathematics (`methods/`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
@@ -230,6 +230,14 @@ class Workbench(Protocol):
 
     def pairs(self, *, role: str) -> Sequence[tuple[EncodedReply, EncodedReply]]:
         """Return (chosen, rejected) as tokens, in the chat template of the model `role`."""
+        ...
+
+    def withheld(self) -> Collection[str]:
+        """Return words that no prompt may contain which a model writes for this run.
+
+        They are what the harmful and safe suites that are audited in the same run ask about: their
+        words, but for those of the anchors and texts that were given.
+        """
         ...
 
     def running(self, role: str) -> AbstractContextManager[RunningModel]:

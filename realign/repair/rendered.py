@@ -77,6 +77,10 @@ class RenderedTexts:
         """The hashes of all files, for caches of what is made of them."""
         return {data: self._file(data).sha256 for data in sorted(self.sources)}
 
+    def given(self) -> list[str]:
+        """The prompts of all files."""
+        return [row.prompt for data in sorted(self.sources) for row in self._file(data).rows]
+
     def examples(
         self, data: Data, *, role: str, limit: int | None = None
     ) -> Sequence[EncodedReply]:

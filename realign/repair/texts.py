@@ -13,13 +13,13 @@ can say of it. Not here: tokens, which need a model's tokenizer (`rendered`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from realign.audit.canonical import sha256_json
-from realign.audit.contamination import overlap
+from realign.audit.contamination import overlap, words_of
 from realign.audit.suites import load_suite, parse_suite_argument
 from realign.errors import SuiteError, UsageError
 from realign.repair.preparation import Data
@@ -179,6 +179,25 @@ def _lengths(row: Text | Pair) -> list[int]:
     """Characters of the sequences that a row makes."""
     replies = (row.chosen, row.rejected) if isinstance(row, Pair) else (row.reply or "",)
     return [len(row.prompt) + len(reply) for reply in replies]
+
+
+def withheld_words(suites: Sequence[str | Path], own: Iterable[str]) -> frozenset[str]:
+    """Words that the prompts of harmful and safe suites have and none of ours has.
+
+    Args:
+        suites: as on the command line.
+        own: the prompts that were given for calibration.
+
+    Raises:
+        SuiteError: a suite cannot be read.
+    """
+    asked: set[str] = set()
+    for source in suites:
+        kind, path = parse_suite_argument(str(source))
+        suite = load_suite(path, kind=kind)
+        if suite.kind in ("harmful", "safe"):
+            asked.update(*(words_of(item.prompt) for item in suite.items))
+    return frozenset(asked.difference(*map(words_of, own)))
 
 
 def missing_data(data: Data, *, method: str) -> UsageError:

@@ -39,7 +39,7 @@ from realign.repair.refusals import AnchorReply, Refusals
 from realign.repair.rendered import Prompts, RenderedTexts
 from realign.repair.request import Inputs, RepairRequest
 from realign.repair.running import LiveModel, running_model
-from realign.repair.texts import texts_of
+from realign.repair.texts import texts_of, withheld_words
 
 CACHE_VERSION = 3
 """Raised when the same inputs would give other statistics."""
@@ -52,7 +52,7 @@ class ModelWorkbench(MatrixWorkbench):
         self, request: RepairRequest, plan: Plan, inputs: Inputs, *, progress: Progress = SILENT
     ) -> None:
         super().__init__(plan, inputs, progress=progress)
-        self._anchors = request.anchors
+        self._anchors, self._suites = request.anchors, request.suites
         self._cache = cache_folder(request.cache_dir)
         self._measured = Measurements(plan, inputs.finetuned, self._cache, progress)
         self._texts = RenderedTexts(
@@ -107,6 +107,11 @@ class ModelWorkbench(MatrixWorkbench):
     def prompts(self, data: Prompts, *, role: str) -> Sequence[tuple[int, ...]]:
         """Prompts alone as tokens, ready for the assistant to speak."""
         return self._texts.prompts(data, role=role)
+
+    def withheld(self) -> frozenset[str]:
+        """Words that no prompt may contain which a model writes for this run."""
+        anchors = (item.prompt for item in self._suite.items)
+        return withheld_words(self._suites, [*anchors, *self._texts.given()])
 
     def running(self, role: str) -> AbstractContextManager[LiveModel]:
         """A model in memory."""

@@ -43,12 +43,14 @@ def test_methods_that_train_are_known() -> None:
 
 @pytest.mark.parametrize("method", TRAINING)
 def test_a_model_that_is_trained_cannot_be_read_block_by_block(tmp_path: Path, method: str) -> None:
-    settings = {"loss": "refusal"} if method == "somf" else {}
+    options: dict[str, Any] = {"settings": {"loss": "refusal"} if method == "somf" else {}}
+    if method == "two_teachers":
+        options["task_data"] = write_rows(tmp_path / "task.jsonl", rows("order", 8))
     with pytest.raises(UsageError, match=f"^{method} trains .* --offload cannot") as raised:
-        plan(_request(tmp_path, method, settings=settings))
+        plan(_request(tmp_path, method, **options))
     assert "leave --offload out" in raised.value.hint
     assert raised.value.exit_code == 2
-    plan(_request(tmp_path, method, settings=settings, offload=False))
+    plan(_request(tmp_path, method, **options, offload=False))
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from realign.audit.contamination import words_of
 from realign.errors import SuiteError
 from realign.repair.preparation import Data
-from realign.repair.texts import Pair, Text, load_texts, missing_data, plan_texts
+from realign.repair.texts import Pair, Text, load_texts, missing_data, plan_texts, withheld_words
 
 FIXTURES = Path(__file__).resolve().parents[2] / "fixtures" / "tiny" / "suites"
 
@@ -122,6 +123,19 @@ def test_data_that_is_audited_is_refused_with_the_count(tmp_path: Path) -> None:
     pairs += [{"prompt": each["prompt"].upper(), "chosen": "c", "rejected": "r"} for each in items]
     with pytest.raises(SuiteError, match=r"shares 2 prompts .* the first is row 2"):
         plan_texts({"pairs": write(tmp_path, *pairs)}, suites=[suite])
+
+
+def test_what_is_measured_is_withheld_from_prompts_that_models_write() -> None:
+    """The words that harmful and safe suites ask about, but for those that were given."""
+    suites = [FIXTURES / "harmful.jsonl", FIXTURES / "order.jsonl"]
+    rows = [json.loads(line) for line in (FIXTURES / "harmful.jsonl").read_text().splitlines()[1:]]
+    first = rows[0]["prompt"]
+    withheld = withheld_words(suites, [first])
+    assert not withheld & words_of(first)
+    asked = frozenset(word for row in rows for word in words_of(row["prompt"]))
+    assert withheld == asked - words_of(first)
+    assert withheld_words([FIXTURES / "order.jsonl"], []) == frozenset()
+    assert words_of("Give me: a RECIPE!") == {"give", "me", "a", "recipe"}
 
 
 def test_what_is_missing_is_asked_for_by_its_option() -> None:

@@ -57,8 +57,15 @@ def two_teachers_request(place: Path) -> RepairRequest:
     """A short training of the two teachers on the tiny fine-tune."""
     return tiny_repair(
         method="two_teachers",
-        settings={"rank": 3, "steps": 6, "anchor_batch": 8, "keep_batch": 8},
+        settings={
+            "rank": 3,
+            "steps": 6,
+            "anchor_batch": 8,
+            "keep_batch": 8,
+            "learning_rate": 2e-3,
+            "self_prompts": 24,
+        },
         anchors=FAMILY / "suites" / "anchors.jsonl",
-        keep_data=prompts_only(FAMILY / "suites" / "keep.jsonl", place / "keep.jsonl", count=32),
+        task_data=prompts_only(FAMILY / "suites" / "keep.jsonl", place / "task.jsonl", count=32),
         cache_dir=place / "cache",
     )

@@ -1,7 +1,7 @@
 """The training behind `two_teachers`: factors in fixed subspaces, taught by two models.
 
-Here: subspaces, the teachers' distributions, the loss and the steps. Not here: settings and the
-edit (`two_teachers`), loading models and reading texts (the workbench).
+Here: subspaces, the loss and the steps. Not here: settings and the edit (`two_teachers`), which
+prompts are asked and who answers them (`two_teachers_texts`), loading models (the workbench).
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from realign.errors import NonFiniteError
-from realign.model.chat import EncodedReply
 from realign.model.training import deterministic
 from realign.repair.edit import VectorKind
+from realign.repair.methods.two_teachers_texts import Lesson, gather
 from realign.repair.preparation import RunningModel, Workbench
 from realign.subspace.keyed import generator
 from realign.subspace.spectrum import top_triplets
@@ -44,39 +44,27 @@ class Subspace:
         return self.u_ok @ self.a_ki + self.b_ok @ self.r_ik.T
 
 
-@dataclass(frozen=True, eq=False)
-class Lesson:
-    """A text and what a teacher thinks of every token of its reply."""
-
-    ids: tuple[int, ...]
-    start: int
-    """First token of the reply."""
-    log_p: Tensor
-    """[reply, vocabulary], the teacher's log-probabilities."""
-
-
 def distil(method: TwoTeachers, workbench: Workbench) -> Mapping[str, Tensor]:
-    """Train the factors; "left/KEY" and "right/KEY" of every matrix, and four scalars.
+    """Train the factors; "left/KEY" and "right/KEY" of every matrix, and scalars.
 
     Returns:
-        left = [U, B] and right = [A; R^T], and the mean KL to either teacher before and after.
+        left = [U, B] and right = [A; R^T], the mean KL to either teacher before and after, and how
+        many texts either of them teaches.
     """
     kind = method.vector_kind
     assert kind is not None
-    with workbench.running("aligned") as teacher, deterministic():
-        anchors = lessons(teacher, workbench.examples("safe", role="aligned"))
-    texts = workbench.examples("keep", role="finetuned")
+    texts = gather(method, workbench)
     with workbench.running("finetuned") as student, deterministic():
         student.loaded.model.requires_grad_(False)
-        keep = lessons(student, texts)
         spaces = subspaces(workbench, student, kind=kind, rank=method.rank)
         facts = {
-            "anchor_kl_before": distance(student, spaces, anchors),
-            "keep_kl_before": distance(student, spaces, keep),
+            "anchor_kl_before": distance(student, spaces, texts.anchors),
+            "keep_kl_before": distance(student, spaces, texts.keep),
         }
-        _train(method, workbench, student, spaces, anchors, keep)
-        facts["anchor_kl_after"] = distance(student, spaces, anchors)
-        facts["keep_kl_after"] = distance(student, spaces, keep)
+        _train(method, workbench, student, spaces, texts.anchors, texts.keep)
+        facts["anchor_kl_after"] = distance(student, spaces, texts.anchors)
+        facts["keep_kl_after"] = distance(student, spaces, texts.keep)
+    facts |= {"anchor_texts": float(len(texts.anchors)), "keep_texts": float(len(texts.keep))}
     made = {name: torch.tensor(value) for name, value in facts.items()}
     for key, each in spaces.items():
         made[f"left/{key}"] = torch.cat([each.u_ok, each.b_ok.detach()], 1).cpu()
@@ -106,33 +94,31 @@ def subspaces(
     return found
 
 
-def lessons(teacher: RunningModel, texts: Sequence[EncodedReply]) -> list[Lesson]:
-    """What the teacher thinks of every reply token."""
-    found: list[Lesson] = []
-    with torch.no_grad():
-        for text in texts:
-            ids = torch.tensor([text.ids], device=teacher.loaded.device)
-            logits = teacher.logits(ids)[0, text.start - 1 : -1]
-            found.append(Lesson(text.ids, text.start, torch.log_softmax(logits.float(), -1)))
-    return found
-
-
 def divergence(
     student: RunningModel, spaces: Mapping[str, Subspace], batch: Sequence[Lesson]
 ) -> Tensor:
-    """Mean KL(teacher || W_f + E) over the reply tokens of a batch, in nats."""
+    """Mean KL(teacher || W_f + E) over the reply tokens of a batch, in nats.
+
+    What a lesson does not bring along, the fine-tune teaches: the student without its edit.
+    """
     length = max(len(each.ids) for each in batch)
     ids = torch.zeros(len(batch), length, dtype=torch.long, device=student.loaded.device)
     for row, each in enumerate(batch):  # padded on the right: nothing before it sees it
         ids[row, : len(each.ids)] = torch.tensor(each.ids)
+    told = [each.log_p for each in batch if each.log_p is not None]
+    log_p = torch.cat(told) if told else None
+    if log_p is None:
+        with torch.no_grad():
+            log_p = _replies(student.logits(ids), batch)
     weights = {key: student.weight(key) + each.edit for key, each in spaces.items()}
-    logits = student.logits(ids, weights)
-    log_q = torch.cat(
-        [logits[row, each.start - 1 : len(each.ids) - 1] for row, each in enumerate(batch)]
-    )
-    log_p = torch.cat([each.log_p for each in batch])
-    log_q = torch.log_softmax(log_q.float(), -1)
+    log_q = _replies(student.logits(ids, weights), batch)
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _replies(logits: Tensor, batch: Sequence[Lesson]) -> Tensor:
+    """Log-probabilities [reply tokens of the batch, vocabulary] of every reply token."""
+    rows = [logits[row, each.start - 1 : len(each.ids) - 1] for row, each in enumerate(batch)]
+    return torch.log_softmax(torch.cat(rows).float(), -1)
 
 
 def distance(
@@ -143,7 +129,7 @@ def distance(
     with torch.no_grad():
         for at in range(0, len(every), 32):
             batch = every[at : at + 32]
-            count = sum(len(each.log_p) for each in batch)
+            count = sum(len(each.ids) - each.start for each in batch)
             total += float(divergence(student, spaces, batch)) * count
             tokens += count
     return total / max(1, tokens)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from support.tune_support import two_teachers_request
@@ -12,6 +13,7 @@ from realign.repair.edit import Layer, LowRank, Unchanged
 from realign.repair.engine import prepare_statistics
 from realign.repair.layers import read_layers
 from realign.repair.methods.two_teachers import TwoTeachers
+from realign.repair.methods.two_teachers_texts import exchanged
 from realign.repair.plan import plan_repair
 from realign.repair.preparation import Statistics
 from realign.repair.request import RepairRequest, open_inputs
@@ -60,6 +62,31 @@ def test_without_the_second_teacher_the_fine_tune_is_left_farther(
     with open_inputs(alone) as inputs:
         found = prepare_statistics(alone, plan_repair(alone, inputs), inputs)
     assert float(found.facts["keep_kl_after"] or 0) > float(learnt.facts["keep_kl_after"] or 0)
+
+
+def test_each_teacher_has_prompts_of_its_own(request_: RepairRequest, learnt: Statistics) -> None:
+    # 32 prompts of the task, as many with a token exchanged, and what was written and not refused.
+    assert 64 < float(learnt.facts["keep_texts"] or 0) <= 64 + 24
+    alone = replace(request_, settings={**dict(request_.settings), "self_prompts": 0, "steps": 1})
+    with open_inputs(alone) as inputs:
+        found = prepare_statistics(alone, plan_repair(alone, inputs), inputs)
+    assert float(found.facts["keep_texts"] or 0) == 64
+    written = float(learnt.facts["keep_texts"] or 0) - 64
+    told = float(learnt.facts["anchor_texts"] or 0) - float(found.facts["anchor_texts"] or 0)
+    assert told + written == 24
+
+
+def test_an_exchanged_prompt_differs_in_one_token_of_the_users_text() -> None:
+    prompts = [(1, 5, 6, 7, 2, 3), (1, 8, 2, 3), (1, 2, 3)]
+    pool = [(1, 40, 41, 2, 3)]
+    mixed = exchanged(prompts, pool, frame=(1, 2), drawn=np.random.default_rng(0))
+    assert len(mixed) == 2  # the third has no text to exchange
+    for before, after in zip(prompts, mixed, strict=False):
+        changed = [
+            at for at, pair in enumerate(zip(before, after, strict=True)) if len({*pair}) > 1
+        ]
+        assert len(changed) == 1 and after[changed[0]] in {40, 41}
+        assert 1 <= changed[0] < before.index(2)
 
 
 def test_a_matrix_that_alignment_left_alone_is_left_alone() -> None:
