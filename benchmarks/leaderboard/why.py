@@ -319,9 +319,16 @@ def single_examples(bench: Bench) -> Iterator[Question]:
 
 
 def rounding(bench: Bench) -> Iterator[Question]:
-    """Q-realign at its eight bits, and at fewer, where rounding can do more."""
-    for bits in (4, 8):
-        yield "q_realign", f"{bits} bits", lambda b=bits: trained(bench, "q_realign", {"bits": b})
+    """Q-realign without its training, at fewer and fewer bits; then as it is."""
+    plain: Row = {"clip": False, "smooth": False}
+    for bits in (8, 4, 3):
+        label = f"plain rounding, {bits} bits"
+        yield (
+            "q_realign",
+            label,
+            lambda b=bits: trained(bench, "q_realign", {**plain, "bits": b}),
+        )
+    yield "q_realign", "defaults, 8 bits", lambda: trained(bench, "q_realign", {})
 
 
 def trained(bench: Bench, name: str, settings: Row, t: float = 1.0) -> Row:
