@@ -197,9 +197,7 @@ DECLARED: tuple[Arm, ...] = (
     # The laboratory's vocabulary lacks the sentence that ships with the method.
     Arm(name="one_shot", method="one_shot", settings=({"example": "safe"},), dial=BEYOND),
     Arm(name="q_realign", method="q_realign", dial=(0.5, 1.0)),
-    Arm(
-        name="two_teachers", method="two_teachers", dial=(0.5, 0.75, 0.9, 1.0, 1.15, 1.3), fine=()
-    ),
+    Arm(name="two_teachers", method="two_teachers", dial=(0.5, 0.75, 0.9, 1.0, 1.15, 1.3), fine=()),
 )
 
 
