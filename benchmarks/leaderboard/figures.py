@@ -75,8 +75,8 @@ def figure(told: Data, mark: str, answers: Sequence[Data] = ()) -> str:
 
 
 def _answer(row: Data, name: str) -> str:
-    if name in SHARES:
-        return f"{100 * row[name]:.1f} %"
+    if name in SHARES or name in row.get("facts", {}):
+        return f"{100 * (row[name] if name in SHARES else row['facts'][name]):.1f} %"
     if name in row and isinstance(row[name], float) and "rates" not in row:
         return f"{row[name]:.3f}"
     if name in ("cos_to_aligned", "norm_over_way_back"):

@@ -51,6 +51,7 @@ def questions(bench: Bench) -> Iterator[Question]:
     yield from prices(bench)
     yield from ascents(bench)
     yield from single_examples(bench)
+    yield from regions(bench)
     yield from rounding(bench)
 
 
@@ -263,11 +264,11 @@ def pruning(bench: Bench) -> Iterator[Question]:
         )
 
 
-def mixed(bench: Bench, share: float) -> Weights:
-    """The fine-tune with the aligned model's entries at random places."""
-    found = dict(bench.wf)
+def mixed(bench: Bench, share: float, other: Weights | None = None) -> Weights:
+    """The fine-tune with the aligned model's entries, or another's, at random places."""
+    found, put = dict(bench.wf), other or bench.wa
     for name in bench.names:
-        found[name] = torch.where(bench.random_mask(name, share), bench.wa[name], bench.wf[name])
+        found[name] = torch.where(bench.random_mask(name, share), put[name], bench.wf[name])
     return found
 
 
@@ -316,6 +317,21 @@ def single_examples(bench: Bench) -> Iterator[Question]:
                 f"{label}, t {t:g}",
                 lambda x=each, t=t: trained(bench, "one_shot", {"example": "safe", **x}, t),
             )
+
+
+def regions(bench: Bench) -> Iterator[Question]:
+    """NLSR in all modules: larger safety regions, and the same reference in a random one."""
+    b = 0.9
+    every: Row = {"fraction": 1.0, "b": b}
+    for q in (0.8, 0.6, 0.4):
+        method = build_method("nlsr", {**every, "q": q})
+        yield (
+            "nlsr",
+            f"all modules, region {100 * (1 - q):.0f} %",
+            lambda m=method: bench.ask(bench.repaired(m)[0]),
+        )
+    strong = {n: bench.wa[n] + b * (bench.wa[n] - bench.wu[n]) for n in bench.names}
+    yield "nlsr", "all modules, random 20 %", lambda: bench.ask(mixed(bench, 0.2, strong))
 
 
 def rounding(bench: Bench) -> Iterator[Question]:

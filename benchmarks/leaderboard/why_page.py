@@ -17,6 +17,7 @@ TITLES = {
     "safe_delta": "prices",
     "safe_patching": "ascents",
     "one_shot": "examples",
+    "nlsr": "regions",
     "q_realign": "rounding",
 }
 """By method, the marker of its table."""
