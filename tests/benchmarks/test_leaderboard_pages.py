@@ -84,3 +84,55 @@ def test_every_test_that_the_page_cites_is_there() -> None:
         file = named or file
         text = next(ROOT.joinpath("tests").rglob(file)).read_text("utf-8")
         assert f"def {test}(" in text or not test, f"{file}::{test}"
+
+
+def test_a_fine_tune_counts_when_every_method_has_repaired_it() -> None:
+    code = """
+from publish import whole
+def cell(arm, seed):
+    return {"arm": arm, "family": "small", "scenario": "howto", "seed": seed}
+cells = [cell("lox", 1), cell("resta", 1), cell("lox", 2), cell("late", 3), cell("lox", 3)]
+print([(each["arm"], each["seed"]) for each in whole(cells, ["late"])])
+print(whole(cells, [""]))
+"""
+    made = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT / "benchmarks" / "leaderboard",
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert made.stdout == "[('lox', 1), ('resta', 1)]\n[]\n"
+
+
+def test_what_was_not_measured_is_said() -> None:
+    code = """
+import sys
+from figures import fill_figures
+rate = {"value": 0.5, "low": 0.25, "high": 1.0}
+point = {"label": "t 1", "rates": {"harm": rate}, "tasks": {}, "drop": -0.0001}
+curve = {"arm": "lox", "scenario": "howto", "best_at": {"0.01": "t 1"}, "points": [point],
+         "finetuned": point, "repeats": ["small seed 1"]}
+told = {"curves": [curve], "dominates": [["lox", "resta"], ["irr", "lox"]]}
+page = "".join(f"<!--{mark}-->?<!---->" for mark in sys.argv[1:])
+print(fill_figures(page, told))
+"""
+    marks = {
+        "harm|lox|howto|0.01": "50.0 % (25.0 to 100.0)",
+        "lost|lox|howto|0.01": "0.0",
+        "at|lox|howto|t 2|harm": "not measured",
+        "harm|lox|poison5|0.01": "not measured",
+        "seeds|howto": "1",
+        "dominates|lox": "1",
+    }
+    made = subprocess.run(
+        [sys.executable, "-c", code, *marks],
+        cwd=ROOT / "benchmarks" / "leaderboard",
+        check=True,
+        timeout=120,
+        capture_output=True,
+        text=True,
+    )
+    assert made.stdout.strip() == "".join(f"<!--{m}-->{text}<!---->" for m, text in marks.items())
+    assert made.stderr.count("not measured: ") == 2
