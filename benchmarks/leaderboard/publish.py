@@ -14,41 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from figures import fill_figures
+from page import fill, whole
 from why_page import why_tables
 
 from realign.lab.compare import make_board, read_cells
-from realign.lab.leaderboard import Cell
 from realign.lab.leaderboard_json import board_json
 from realign.lab.leaderboard_page import board_page
 from realign.report.leaderboard import save_pictures
 
 DOCS = Path(__file__).parents[2] / "docs"
-
-
-def fill(page: str, tables: dict[str, str]) -> str:
-    """The page with every `<!-- NAME:begin -->` ... `<!-- NAME:end -->` filled anew."""
-    for name, table in tables.items():
-        pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.DOTALL)
-        assert pattern.search(page), f"the page has no place for {name}"
-        content = f"\n{table}\n\n" if table else "\nNothing.\n\n"
-        page = pattern.sub(lambda found, text=content: found[1] + text + found[2], page)
-    return page
-
-
-def whole(cells: Sequence[Cell], but: Sequence[str]) -> list[Cell]:
-    """The cells of those fine-tunes that every method has repaired: means over the same ones."""
-    wanted = {str(cell["arm"]) for cell in cells} - set(but)
-    had: dict[tuple[str, str, int], set[str]] = {}
-    for cell in cells:
-        had.setdefault((cell["family"], cell["scenario"], cell["seed"]), set()).add(cell["arm"])
-    full = {place for place, arms in had.items() if wanted <= arms}
-    return [cell for cell in cells if (cell["family"], cell["scenario"], cell["seed"]) in full]
 
 
 def without(reason: str, folder: Path) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from realign.lab.leaderboard_page import table
+from page import table
 
 Row = dict[str, Any]
 TITLES = {

@@ -19,7 +19,7 @@ SCRIPT = """
 import json, sys
 from pathlib import Path
 from figures import fill_figures
-from publish import fill
+from page import fill
 from why_page import why_tables
 docs = Path(sys.argv[1])
 told = json.loads((docs / "data" / "leaderboard.json").read_text("utf-8"))
@@ -88,7 +88,7 @@ def test_every_test_that_the_page_cites_is_there() -> None:
 
 def test_a_fine_tune_counts_when_every_method_has_repaired_it() -> None:
     code = """
-from publish import whole
+from page import whole
 def cell(arm, seed):
     return {"arm": arm, "family": "small", "scenario": "howto", "seed": seed}
 cells = [cell("lox", 1), cell("resta", 1), cell("lox", 2), cell("late", 3), cell("lox", 3)]
