@@ -7,8 +7,9 @@ sensitive scores that need no generation. Not here: the questions (`why`).
 from __future__ import annotations
 
 import json
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ from realign.repair.method import Method
 from realign.repair.request import RepairRequest
 
 Weights = dict[str, Tensor]
+Row = dict[str, Any]
+Question = tuple[str, str, Callable[[], Row]]
+"""Method, what is asked, and how."""
 KINDS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -39,6 +43,12 @@ def is_matrix(name: str) -> bool:
 def flat(weights: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
     """The named tensors as one vector, float64."""
     return torch.cat([weights[name].double().flatten() for name in names])
+
+
+def cosine_of(a: Tensor, b: Tensor) -> float:
+    """Cosine of two vectors; NaN where one is zero."""
+    norms = float(a.norm() * b.norm())
+    return float(a @ b) / norms if norms else math.nan
 
 
 class Bench:
