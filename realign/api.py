@@ -257,19 +257,17 @@ def audit(
     from realign.audit.policy import Policy, load_policy
     from realign.audit.request import AuditRequest
     from realign.audit.run import run_audit
-    from realign.audit.suites import Suite, load_suite, parse_suite_argument
+    from realign.audit.suite_sources import read_suites
+    from realign.audit.suites import Suite
     from realign.checkpoint.manifest import read_manifest
     from realign.report.files import write_report_files
 
-    def read(source: str | Path | Suite) -> Suite:
-        if isinstance(source, Suite):
-            return source
-        kind, path = parse_suite_argument(str(source))
-        return load_suite(path, kind=kind)
+    def read(source: str | Path | Suite) -> tuple[Suite, ...]:
+        return (source,) if isinstance(source, Suite) else read_suites(source)
 
     request = AuditRequest(
         subject=subject,
-        suites=tuple(read(source) for source in suites),
+        suites=tuple(suite for source in suites for suite in read(source)),
         out=Path(out),
         reference=reference,
         repaired=repaired,

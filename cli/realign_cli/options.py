@@ -127,7 +127,8 @@ Suites = Annotated[
         "-s",
         metavar="[KIND=]FILE",
         help="A suite of prompts (JSONL); KIND is harmful, safe or task where the file does not "
-        "say. May be repeated.",
+        "say, or the name of a published suite: harmbench, strongreject, xstest, ... (CSV). "
+        "May be repeated.",
         rich_help_panel=AUDIT_PANEL,
     ),
 ]

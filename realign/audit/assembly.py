@@ -195,6 +195,7 @@ def _suite_entry(suite: Suite) -> SuiteEntry:
         suite_hash=suite.suite_hash,
         kind=suite.kind,
         source=suite.source or None,
+        revision=suite.revision,
         license=suite.license,
         n_items=len(suite.items),
         n_clusters=len(clusters) if suite.clustered else None,

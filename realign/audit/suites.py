@@ -91,6 +91,7 @@ class Suite:
         max_new_tokens: what the suite asks for; None leaves it to the audit.
         rule: the exact rule, for laboratory suites.
         skipped: items left out, by reason.
+        revision: the commit of a file that comes from the Hub.
     """
 
     name: str
@@ -102,6 +103,7 @@ class Suite:
     max_new_tokens: int | None = None
     rule: Rule | None = None
     skipped: Mapping[str, int] = field(default_factory=dict[str, int])
+    revision: str | None = None
 
     @cached_property
     def suite_hash(self) -> str:
@@ -153,8 +155,12 @@ class Suite:
         return replace(self, items=kept, skipped=skipped)
 
 
-def parse_suite_argument(text: str) -> tuple[SuiteKind | None, str]:
+def parse_suite_argument(text: str, *, known: tuple[str, ...] = ()) -> tuple[SuiteKind | None, str]:
     """Split a `kind=path` argument; a plain path has no kind.
+
+    Args:
+        text: as typed.
+        known: what else may stand before the `=`, for the hint.
 
     Raises:
         UsageError: for a kind that does not exist.
@@ -165,7 +171,7 @@ def parse_suite_argument(text: str) -> tuple[SuiteKind | None, str]:
     if head not in SUITE_KINDS:
         raise UsageError(
             f"--suite {text}: {head!r} is no kind of suite",
-            f"write kind=path with a kind of: {', '.join(SUITE_KINDS)}",
+            f"write kind=path with a kind of: {', '.join((*SUITE_KINDS, *known))}",
         )
     return head, tail
 

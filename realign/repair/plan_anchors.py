@@ -10,7 +10,8 @@ from pathlib import Path
 
 from realign.audit.anchors import CORE_ANCHORS, core_anchors
 from realign.audit.contamination import overlap
-from realign.audit.suites import Suite, load_suite, parse_suite_argument
+from realign.audit.suite_sources import read_suites
+from realign.audit.suites import Suite, load_suite
 from realign.checkpoint.adapter import AdapterCheckpoint
 from realign.checkpoint.chat_files import require_template, tokenizer_folder
 from realign.checkpoint.layouts import original
@@ -60,9 +61,7 @@ def plan_anchors(request: RepairRequest, aligned: Checkpoint) -> PlannedAnchors:
             f"give at least {MIN_ANCHORS} prompts that the aligned model refuses",
         )
     items = {item.id: item.prompt for item in suite.items}
-    for source in request.suites:
-        kind, path = parse_suite_argument(str(source))
-        audited = load_suite(path, kind=kind)
+    for audited in (suite for source in request.suites for suite in read_suites(source)):
         shared = overlap(items, [item.prompt for item in audited.items])
         if shared.ids:
             raise SuiteError(

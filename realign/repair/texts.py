@@ -20,7 +20,7 @@ from typing import Any, cast
 
 from realign.audit.canonical import sha256_json
 from realign.audit.contamination import overlap, words_of
-from realign.audit.suites import load_suite, parse_suite_argument
+from realign.audit.suite_sources import read_suites
 from realign.errors import SuiteError, UsageError
 from realign.repair.preparation import Data
 
@@ -192,9 +192,7 @@ def withheld_words(suites: Sequence[str | Path], own: Iterable[str]) -> frozense
         SuiteError: a suite cannot be read.
     """
     asked: set[str] = set()
-    for source in suites:
-        kind, path = parse_suite_argument(str(source))
-        suite = load_suite(path, kind=kind)
+    for suite in (suite for source in suites for suite in read_suites(source)):
         if suite.kind in ("harmful", "safe"):
             asked.update(*(words_of(item.prompt) for item in suite.items))
     return frozenset(asked.difference(*map(words_of, own)))
@@ -228,9 +226,7 @@ def _shapes(data: Data) -> str:
 
 def _refuse_overlap(texts: TextFile, suites: Sequence[str | Path]) -> None:
     prompts = {str(number): row.prompt for number, row in enumerate(texts.rows, start=1)}
-    for source in suites:
-        kind, path = parse_suite_argument(str(source))
-        suite = load_suite(path, kind=kind)
+    for suite in (suite for source in suites for suite in read_suites(source)):
         shared = overlap(prompts, [item.prompt for item in suite.items])
         if shared.ids:
             raise SuiteError(

@@ -227,14 +227,10 @@ def _show_plan(sink: Sink, request: AuditRequest) -> int:
 
 
 def load_suites(arguments: list[str]) -> tuple[Suite, ...]:
-    """Read `--suite` arguments, with or without their kind."""
-    from realign.audit.suites import load_suite, parse_suite_argument
+    """Read `--suite` arguments; a published file may give several suites."""
+    from realign.audit.suite_sources import read_suites
 
-    loaded: list[Suite] = []
-    for argument in arguments:
-        kind, path = parse_suite_argument(argument)
-        loaded.append(load_suite(path, kind=kind))
-    return tuple(loaded)
+    return tuple(suite for argument in arguments for suite in read_suites(argument))
 
 
 def load_calibration(file: str) -> Suite:
