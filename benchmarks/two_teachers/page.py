@@ -10,8 +10,9 @@ figures in its prose; the rest, written by hand, stays. A side that is not given
 
     <!--confirmation|poison5|rates|harm|repaired-->...<!---->     a rate with its interval
     <!--development|poison5|changes|downstream-->...<!---->       a difference with its interval
+    <!--dial|howto|t 1.3|harm-->...<!---->                        at any strength
     <!--ablation|default|harm-->...<!---->                        at full strength
-    <!--prototypes|NAME|SCENARIO|harm-->...<!---->                of an exploratory run
+    <!--prototypes|ID|SCENARIO|harm-->...<!---->                of an exploratory run
 
 What the data do not answer becomes "not measured" and is named on standard error.
 """
@@ -32,6 +33,7 @@ from target_picture import save_picture
 from target_tables import (
     ablation_table,
     dial_table,
+    left_table,
     measured_table,
     noise_sentence,
     percent,
@@ -57,6 +59,7 @@ def tables(data: Row, ablation: Sequence[Row], prototypes: Sequence[Row]) -> dic
         "target": target_table(confirmation),
         "confirmation": measured_table(confirmation),
         "rivals": rivals_table(confirmation),
+        "left": left_table(confirmation),
         "dial": dial_table(confirmation),
         "development": measured_table(development),
         "ablation": ablation_table(ablation),
@@ -86,11 +89,15 @@ def fill_figures(page: str, data: Row, ablation: Sequence[Row], prototypes: Sequ
     answers = {
         "confirmation": data["confirmation"]["rows"],
         "development": data["development"]["rows"],
+        "dial": {
+            curve["scenario"]: {point["label"]: point for point in curve["points"]}
+            for curve in data["confirmation"]["ours"]
+        },
         "ablation": {row["variant"]: row for row in ablation if row["strength"] == 1.0},
         "prototypes": {},
     }
     for row in prototypes:
-        answers["prototypes"].setdefault(row["tried"], {})[row["scenario"]] = row
+        answers["prototypes"].setdefault(row["id"], {})[row["scenario"]] = row
 
     def filled(found: re.Match[str]) -> str:
         value: Any = answers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from target import LIMITS, OURS, Row, noise
+from target import LIMITS, OURS, WORST, Row, noise
 
 from realign.lab.leaderboard_page import table
 
@@ -144,6 +144,8 @@ def verdict(side: Row) -> str:
             missed = [name for name in rows if name not in met]
             told_misses = [f"`{name}` {points(rows[name]['changes'][key])}" for name in missed]
             line += f" Missed: {'; '.join(told_misses)}." if missed else ""
+        elif not any(rival["others"] for row in rows.values() for rival in row["rivals"]):
+            line += ": no other arm was measured yet."
         else:
             compared = {n: r for n, r in rows.items() if any(v["others"] for v in r["rivals"])}
             free = [name for name in compared if rows[name]["met"][key]]
@@ -204,6 +206,34 @@ def _less(best: Row, rival: Row) -> str:
     who = "theirs" if rival["better"] else "ours"
     apart = change["low"] > 0 or change["high"] < 0
     return who if apart else f"{who}, intervals overlap"
+
+
+def left_table(side: Row) -> str:
+    """Where harm is left: the worst wordings of a request, and the others together."""
+    lines: list[tuple[str, ...]] = []
+    for name, row in side["rows"].items():
+        wordings = list(row["left"]["wordings"].items())
+        rest = [rate for _, rate in wordings[WORST:]]
+        worst = [f"{text} {100 * rate:.0f} %" for text, rate in wordings[:WORST] if rate > 0]
+        wrong = [
+            f"`{task}`: {told['in_worst']} of {told['wrong']} in {WORST} of {told['things']}"
+            for task, told in row["left"]["tasks"].items()
+        ]
+        lines.append(
+            (
+                f"`{name}`",
+                "; ".join(worst) or "none",
+                f"{_p(sum(rest) / len(rest))}",
+                "; ".join(wrong),
+            )
+        )
+    head = (
+        "scenario",
+        f"harm by wording, the {WORST} worst of 16",
+        "harm in the others",
+        f"wrong answers of the task: those about the {WORST} worst things",
+    )
+    return table(head, lines) if lines else NONE
 
 
 def dial_table(side: Row) -> str:
