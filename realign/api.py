@@ -263,7 +263,7 @@ def audit(
     from realign.report.files import write_report_files
 
     def read(source: str | Path | Suite) -> tuple[Suite, ...]:
-        return (source,) if isinstance(source, Suite) else read_suites(source)
+        return (source,) if isinstance(source, Suite) else read_suites(source, offline=offline)
 
     request = AuditRequest(
         subject=subject,

@@ -148,7 +148,7 @@ class Suite:
         if not kept:
             raise SuiteError(
                 f"suite {self.name}: no item is left ({len(self.items)} dropped as {reason})",
-                "use a suite that shares no prompt with the calibration data",
+                "use a suite that shares no prompt with the calibration or training data",
             )
         skipped = dict(self.skipped)
         skipped[reason] = skipped.get(reason, 0) + len(self.items) - len(kept)
@@ -177,7 +177,12 @@ def parse_suite_argument(text: str, *, known: tuple[str, ...] = ()) -> tuple[Sui
 
 
 def load_suite(
-    source: str | Path, *, kind: SuiteKind | None = None, numbered: bool = False
+    source: str | Path,
+    *,
+    kind: SuiteKind | None = None,
+    numbered: bool = False,
+    source_name: str | None = None,
+    revision: str | None = None,
 ) -> Suite:
     """Read a JSONL suite.
 
@@ -186,6 +191,8 @@ def load_suite(
             without one, every line is an item and the suite is named after the file.
         kind: the kind of a file without a header; must agree with a header that names one.
         numbered: an item without an id gets the number of its line as its id.
+        source_name: what reports name as the origin; None: the path.
+        revision: the commit it comes from.
 
     Raises:
         SuiteError: a missing, empty or malformed file, a duplicate id; names the line.
@@ -228,7 +235,8 @@ def load_suite(
         name=header.get("name") or path.stem,
         kind=resolved,
         items=items,
-        source=str(source),
+        source=source_name or str(source),
+        revision=revision,
         license=header.get("license"),
         language=header.get("language"),
         max_new_tokens=header.get("max_new_tokens"),

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from realign.checkpoint.formats import no_weights, refuse_quantised_config, what_a_file_is
 from realign.checkpoint.reference import Reference
@@ -80,7 +80,7 @@ def resolve(
         raise
     except Exception as error:
         # The client's transport errors are no public names of it, so they cannot be listed here.
-        raise _explain(error, reference, at) from error
+        raise explain(error, reference, at) from error
     folder = found / reference.subfolder if reference.subfolder else found
     if not folder.is_dir():
         raise NotFoundError(f"{at} has no folder {reference.subfolder}", "check the subfolder")
@@ -143,7 +143,7 @@ def _download(reference: Reference, progress: Progress) -> Path:
                         cache_dir=cache,
                         endpoint=endpoint,
                         library_name="realign",
-                        tqdm_class=_bar(task),
+                        tqdm_class=progress_bar(task),
                     )
                 )
                 for name in names
@@ -165,7 +165,7 @@ def _download(reference: Reference, progress: Progress) -> Path:
     return snapshot
 
 
-def _bar(task: Task) -> Any:
+def progress_bar(task: Task) -> Any:
     """A stand-in for the client's progress bar that reports to ours."""
 
     class Bar:
@@ -271,7 +271,20 @@ def _no_weights(reference: Reference, names: Iterable[str]) -> tuple[str, str]:
     return f"{reference.text} holds no safetensors weights", "check the id and the subfolder"
 
 
-def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError:
+def explain(
+    error: Exception, reference: Reference, at: str, *, kind: Literal["model", "dataset"] = "model"
+) -> CheckpointError:
+    """Say what a failure of the Hub's client means, and what to do.
+
+    Args:
+        error: what the client raised.
+        reference: the repository that was asked for.
+        at: how messages name it.
+        kind: of the repository.
+
+    Returns:
+        The error to raise.
+    """
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -283,6 +296,7 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
     )
 
     name, revision = reference.model, reference.revision
+    place = "folder" if kind == "model" else "file"
     if isinstance(error, GatedRepoError):
         return NotFoundError(
             f"{at} is gated and this token has no access",
@@ -294,11 +308,14 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
         )
     if isinstance(error, RepositoryNotFoundError):
         return NotFoundError(
-            f"there is no folder {name} here and no model {name} on the Hub that you can see",
-            "check the spelling; for a private model set HF_TOKEN",
+            f"there is no folder {name} here and no model {name} on the Hub that you can see"
+            if kind == "model"
+            else f"there is no dataset {name} on the Hub that you can see",
+            f"check the spelling; for a private {kind} set HF_TOKEN",
         )
     if isinstance(error, LocalEntryNotFoundError):
         fetch = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        fetch += "" if kind == "model" else " --repo-type dataset"
         return NotFoundError(
             f"{at} is not in the local cache, and no network may be used",
             f"with a network, run: {fetch}",
@@ -316,7 +333,7 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
             )
         return NotFoundError(
             f"the Hub answered HTTP {code} for {at}: {_first_line(error)}",
-            "try again later, or download the model elsewhere and give its folder",
+            f"try again later, or download the {kind} elsewhere and give its {place}",
         )
     if isinstance(error, OSError) and error.errno in _DISK:
         return CheckpointError(
@@ -331,7 +348,7 @@ def _explain(error: Exception, reference: Reference, at: str) -> CheckpointError
         )
     return NotFoundError(
         f"the Hub cannot be reached for {at}: {_first_line(error)}",
-        "check the network, or download the model elsewhere and give its folder; what is in the "
+        f"check the network, or download the {kind} elsewhere and give its {place}; what is in the "
         "local cache can be used with HF_HUB_OFFLINE=1",
     )
 

@@ -61,7 +61,9 @@ def plan_anchors(request: RepairRequest, aligned: Checkpoint) -> PlannedAnchors:
             f"give at least {MIN_ANCHORS} prompts that the aligned model refuses",
         )
     items = {item.id: item.prompt for item in suite.items}
-    for audited in (suite for source in request.suites for suite in read_suites(source)):
+    for audited in (
+        suite for source in request.suites for suite in read_suites(source, offline=request.offline)
+    ):
         shared = overlap(items, [item.prompt for item in audited.items])
         if shared.ids:
             raise SuiteError(

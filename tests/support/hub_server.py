@@ -33,6 +33,7 @@ class Hub:
     """The server's content, and what it was asked for."""
 
     repositories: dict[str, Repository] = field(default_factory=dict)
+    datasets: dict[str, Repository] = field(default_factory=dict)
     requests: list[str] = field(default_factory=list)
     broken: int | None = None
     """Answer everything with this status."""
@@ -61,6 +62,11 @@ def serve(hub: Hub) -> Iterator[Hub]:
             if hub.broken is not None:
                 return self.fail(hub.broken, "")
             parts = path.split("/")
+            self.shelf = hub.repositories
+            if parts[:2] == ["api", "datasets"]:
+                self.shelf, parts[1] = hub.datasets, "models"
+            elif parts[0] == "datasets":
+                self.shelf, parts = hub.datasets, parts[1:]
             if parts[:2] == ["api", "models"]:
                 name, rest = "/".join(parts[2:4]), parts[4:]
                 revision = "/".join(rest[1:]) if rest[:1] == ["revision"] else "main"
@@ -71,7 +77,7 @@ def serve(hub: Hub) -> Iterator[Hub]:
             return self.fail(404, "EntryNotFound")
 
         def with_files(self, name: str, revision: str, then: Any) -> None:
-            repository = hub.repositories.get(name)
+            repository = self.shelf.get(name)
             allowed = repository is not None and (
                 repository.token is None
                 or self.headers.get("Authorization") == f"Bearer {repository.token}"
