@@ -8,6 +8,7 @@ matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -21,27 +22,52 @@ from realign.model.loading import LoadedModel
 from realign.model.quiet import quiet_libraries
 from realign.progress import SILENT, Progress
 
-# A word no template rewrites: it marks where the user's text stands.
-_MARKER = "REALIGNMARKER"
 _BATCH = 64
 _FRUITLESS = 8
 """Batches in a row without a new prompt, after which the model has no more to say."""
 
 
 def user_turn_frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """Tokens before a user's text, and the token that ends it.
+    """Tokens before any user's text, and the first token after it that no text changes.
+
+    Two texts are rendered that begin and end differently: a tokenizer may join the text's borders
+    with what stands beside them, and what is joined belongs to the text.
 
     Raises:
         ModelError: there is no template, or it does not say where a user's turn begins and ends.
     """
-    before, found, after = render(tokenizer, _MARKER).partition(_MARKER)
-    first, rest = tokenise(tokenizer, before), tokenise(tokenizer, after)
-    if not found or not first or not rest:
+    texts = _different(tokenizer)
+    one, other = (tokenise(tokenizer, render(tokenizer, text)) for text in texts)
+    first = _common(one, other)
+    rest = _common(one[len(first) :][::-1], other[len(first) :][::-1])[::-1]
+    seen = [token for token in rest if str(tokenizer.decode([token])).strip()]
+    if not first or not seen:
         raise ModelError(
             "the chat template does not say where a user's turn begins and ends",
-            "a model with such a template cannot write prompts itself: --set self_prompts=0",
+            "prompts cannot be taken from a model with such a template",
         )
-    return first, rest[0]
+    return first, seen[0]  # a blank would end the text at its first word
+
+
+def _different(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Two users' texts that begin and end differently, in words that the tokenizer knows."""
+    special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+    known = (
+        str(tokenizer.decode([token])).strip()
+        for token in range(len(tokenizer))
+        if token not in special
+    )
+    words = (word for word in known if word.isalpha() and word.isascii())
+    first = next(words, "a")
+    tokens = tokenise(tokenizer, first)
+    other = next((word for word in words if tokenise(tokenizer, word)[:1] != tokens[:1]), "b")
+    return f"{first}?", other
+
+
+def _common(one: Sequence[int], other: Sequence[int]) -> list[int]:
+    """The tokens that both begin with."""
+    pairs = zip(one, other, strict=False)
+    return [mine for mine, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def write_prompts(
@@ -101,10 +127,13 @@ def write_prompts(
                     found.setdefault(text)
             fruitless = 0 if len(found) > before else fruitless + 1
             task.advance(len(found) - before)
+    if found and len(found) < count:
+        progress.note(f"{loaded.name} has written {len(found)} of {count} prompts")
     if not found:
         raise ModelError(
-            f"{loaded.name} writes no prompt that ends within {longest} tokens",
-            "let another model write them, or none: --set self_prompts=0",
+            f"{loaded.name} writes no prompt of its own that ends within {longest} tokens and asks "
+            "about nothing that is measured in this run",
+            "let another model write them (--set author=base), or none: --set self_prompts=0",
         )
     return list(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,29 @@ def test_the_frame_holds_exactly_the_users_text(author: LoadedModel) -> None:
     assert ids[: len(head)] == head
     inside = ids[len(head) : ids.index(end, len(head))]
     assert author.tokenizer.decode(inside) == "give me a recipe"
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        ("<|user|>{text}<|end|><|assistant|>", "<|end|>"),
+        ("<|user|> {text} <|assistant|>", "<|assistant|>"),  # no end of the user's turn
+        ("<|assistant|> {text}\n<|end|> <|user|>", "<|end|>"),
+    ],
+)
+def test_the_frame_follows_the_template(author: LoadedModel, template: str, end: str) -> None:
+    tokenizer = copy.deepcopy(author.tokenizer)
+    tokenizer.chat_template = template.replace("{text}", "{{ messages[0]['content'] }}")
+    head, last = user_turn_frame(tokenizer)
+    assert tokenizer.decode(head).strip() == template.split("{")[0].strip()
+    assert last == tokenizer.convert_tokens_to_ids(end)
+
+
+def test_a_template_without_an_end_is_refused(author: LoadedModel) -> None:
+    tokenizer = copy.deepcopy(author.tokenizer)
+    tokenizer.chat_template = "<|user|> {{ messages[0]['content'] }}"
+    with pytest.raises(ModelError, match="where a user's turn begins and ends"):
+        user_turn_frame(tokenizer)
 
 
 def test_prompts_are_different_and_what_the_model_was_taught(author: LoadedModel) -> None:
