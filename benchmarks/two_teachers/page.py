@@ -89,10 +89,8 @@ def fill_figures(page: str, data: Row, ablation: Sequence[Row], prototypes: Sequ
     answers = {
         "confirmation": data["confirmation"]["rows"],
         "development": data["development"]["rows"],
-        "dial": {
-            curve["scenario"]: {point["label"]: point for point in curve["points"]}
-            for curve in data["confirmation"]["ours"]
-        },
+        "dial": _dial(data["confirmation"]),
+        "dial_of_development": _dial(data["development"]),
         "ablation": {row["variant"]: row for row in ablation if row["strength"] == 1.0},
         "prototypes": {},
     }
@@ -111,6 +109,14 @@ def fill_figures(page: str, data: Row, ablation: Sequence[Row], prototypes: Sequ
         return f"<!--{found[1]}-->{text}<!---->"
 
     return _MARK.sub(filled, page)
+
+
+def _dial(side: Row) -> dict[str, dict[str, Row]]:
+    """Our points by scenario and label."""
+    return {
+        curve["scenario"]: {point["label"]: point for point in curve["points"]}
+        for curve in side["ours"]
+    }
 
 
 def _figure(value: Any, mark: str) -> str:
