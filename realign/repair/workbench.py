@@ -41,7 +41,7 @@ from realign.repair.request import Inputs, RepairRequest
 from realign.repair.running import LiveModel, running_model
 from realign.repair.texts import texts_of, withheld_words
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 """Raised when the same inputs would give other statistics."""
 
 

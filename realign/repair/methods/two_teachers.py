@@ -122,10 +122,12 @@ class TwoTeachers(Method):
 
     def training_bytes(self, size: ModelSize) -> int:
         """Model; W_f + E for either teacher with its gradients; what the aligned model thinks."""
-        longest = max(size.text("safe").longest, size.text("task").longest)
+        safe = size.text("safe")
+        longest = max(safe.longest, size.text("task").longest)
         positions = (self.anchor_batch + 2 * self.keep_batch) * longest
-        # Of the prompts that a model writes some are refused: as many again as were given.
-        lessons = 2 * 4 * size.vocabulary * size.text("safe").tokens
+        # Of the prompts that a model writes at most half are taken to be refused.
+        refused = safe.tokens + self.self_prompts * safe.tokens // (2 * max(1, safe.rows))
+        lessons = 4 * size.vocabulary * refused
         return 4 * size.model + 16 * size.edited + size.backward_bytes(positions) + lessons
 
     def edit(self, layer: Layer, statistics: Statistics) -> Edit:
