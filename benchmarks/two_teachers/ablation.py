@@ -4,8 +4,8 @@
     python benchmarks/two_teachers/ablation.py FAMILY DIR docs/data/two-teachers-ablation.json
 
 A variant is a setting of the method or a part of it replaced (`PARTS`); the package is not changed.
-The file is written after every variant, and what it holds for the same code, models and questions
-is not run again. docs/two-teachers.md is filled by `page.py`.
+The file is written after every variant, and what it holds is not run again; a file of other code,
+models or questions is refused. docs/two-teachers.md is filled by `page.py`.
 """
 
 from __future__ import annotations
@@ -230,7 +230,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     told: dict[str, Any] = {}
     if args.out.is_file():
         told = json.loads(args.out.read_text("utf-8"))
-    if {name: told.get(name) for name in head} != head:
+    if told and {name: told.get(name) for name in head} != head:
+        raise SystemExit(f"{args.out} has answers of other code, models or questions: move it away")
+    if not told:
         told = {
             **head,
             "aligned": place.ask(read_weights(place.role("aligned"))),
