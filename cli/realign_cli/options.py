@@ -126,9 +126,9 @@ Suites = Annotated[
         "--suite",
         "-s",
         metavar="[KIND=]FILE",
-        help="A suite of prompts (JSONL); KIND is harmful, safe or task where the file does not "
-        "say, or the name of a published suite: harmbench, strongreject, xstest, ... (CSV). "
-        "May be repeated.",
+        help="core-harmful, core-safe, or prompts of your own (JSONL), where KIND is harmful, safe "
+        "or task if the file does not say; or NAME=FILE with a published file: harmbench, "
+        "strongreject, xstest, ... May be repeated.",
         rich_help_panel=AUDIT_PANEL,
     ),
 ]

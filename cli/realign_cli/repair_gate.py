@@ -30,7 +30,7 @@ class RepairGate:
         self._policy = None if options["policy"] is None else load_policy(options["policy"])
         if self._policy is not None:
             require_gate(self._policy)
-        self._suites = load_suites(options["suites"])
+        self._suites = load_suites(options["suites"], offline=request.offline)
         self._options = options
         self._sink = sink
         self._request = request

@@ -18,7 +18,7 @@ from realign.audit.hazards import hazard_entries
 from realign.audit.instruments import KL, LOGODDS
 from realign.audit.judging import Judged, judge_all
 from realign.audit.pairing import key_of, pair_all
-from realign.audit.prepare import CONTAMINATED, Prepared
+from realign.audit.prepare import CONTAMINATED, TRAINED_ON, Prepared
 from realign.audit.rates import agreement_entries, mean_entry, rate_entry, template_entries
 from realign.audit.records import (
     RoleRecords,
@@ -48,6 +48,8 @@ from realign.progress import Progress
 ITEMS_NAME = "items.jsonl"
 _LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy", "peft")
 _LATER = "not part of this version"
+# Items that were seen before: reported as contaminated, not as skipped.
+_SHARED = (CONTAMINATED, TRAINED_ON)
 
 
 def complete_report(state: AuditState, *, progress: Progress) -> Report:
@@ -97,7 +99,7 @@ def complete_report(state: AuditState, *, progress: Progress) -> Report:
                 reasons=judged.reasons,
             ),
         )
-    suites = tuple(_suite_entry(suite) for suite in prepared.suites)
+    suites = tuple(suite_entry(suite) for suite in prepared.suites)
     holds = policy is None or gates_hold(gates, policy=policy)
     items = _write_items(state, judged)
     weights = state.weights
@@ -186,10 +188,11 @@ def _languages(prepared: Prepared) -> list[str]:
     return found
 
 
-def _suite_entry(suite: Suite) -> SuiteEntry:
+def suite_entry(suite: Suite) -> SuiteEntry:
+    """The report's entry of a suite as it ran; what was contaminated is counted apart."""
     assert suite.kind != "anchors"
     clusters = {item.cluster or f"\0{item.id}" for item in suite.items}
-    skipped = {name: n for name, n in suite.skipped.items() if name != CONTAMINATED}
+    skipped = {name: n for name, n in suite.skipped.items() if name not in _SHARED}
     return SuiteEntry(
         name=suite.name,
         suite_hash=suite.suite_hash,
@@ -200,7 +203,7 @@ def _suite_entry(suite: Suite) -> SuiteEntry:
         n_items=len(suite.items),
         n_clusters=len(clusters) if suite.clustered else None,
         n_skipped=skipped,
-        n_contaminated=suite.skipped.get(CONTAMINATED, 0),
+        n_contaminated=sum(suite.skipped.get(name, 0) for name in _SHARED),
     )
 
 
@@ -358,7 +361,7 @@ def incomplete_report(state: AuditState, error: Exception) -> Report:
         run=_run(state, status="incomplete", exit_code=2),
         policy=_policy_used(request),
         models=state.models,
-        suites=tuple(_suite_entry(suite) for suite in state.prepared.suites),
+        suites=tuple(suite_entry(suite) for suite in state.prepared.suites),
         summary=Summary(headline=(f"The audit could not be completed: {message}"[:500],)),
         limits=("Nothing was measured: this run is incomplete and has no result that counts.",),
     )

@@ -67,6 +67,29 @@ def overlap(items: Mapping[str, str], against: Iterable[str] | PromptIndex) -> O
     )
 
 
+class ItemIndex:
+    """Items to look for in a long stream of texts: memory follows the items, not the stream."""
+
+    def __init__(self, items: Mapping[str, str]) -> None:
+        self._whole: dict[str, set[str]] = {}
+        self._parts: dict[str, set[str]] = {}
+        for name, prompt in items.items():
+            text = normalise(prompt)
+            self._whole.setdefault(text, set()).add(name)
+            for run in _runs(text):
+                self._parts.setdefault(run, set()).add(name)
+
+    def found_in(self, prompts: Iterable[str]) -> frozenset[str]:
+        """The ids of the items that match any of the prompts, as `overlap` would name them."""
+        found: set[str] = set()
+        for prompt in prompts:
+            text = normalise(prompt)
+            found |= self._whole.get(text, set())
+            if self._parts:
+                found.update(*(self._parts[run] for run in _runs(text) if run in self._parts))
+        return frozenset(found)
+
+
 def duplicates(items: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     """Pairs of ids within one set whose prompts match, each later item with its first match."""
     whole: dict[str, str] = {}

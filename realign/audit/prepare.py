@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from realign.audit.anchors import core_anchors
-from realign.audit.contamination import PromptIndex, overlap
+from realign.audit.contamination import ItemIndex, PromptIndex, overlap
 from realign.audit.instruments import ASR, JUDGE_NAMES, METRICS, judges_for
 from realign.audit.oracle import oracle_judge
 from realign.audit.policy import (
@@ -34,6 +34,7 @@ from realign.audit.statistics.power import (
 )
 from realign.audit.store import is_audit_folder
 from realign.audit.suites import Suite, SuiteKind, require_auditable
+from realign.audit.training_data import TrainingData
 from realign.checkpoint.reference import parse_reference
 from realign.errors import OutputError, PolicyError, SuiteError, UsageError
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from realign.checkpoint.reader import Checkpoint
 
 CONTAMINATED = "contaminated"
+TRAINED_ON = "in_training_data"
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ def prepare(request: AuditRequest) -> Prepared:
             )
         named = tuple(dict.fromkeys((*own, *request.judges)))
     index = PromptIndex(item.prompt for suite in request.calibration for item in suite.items)
-    suites = tuple(_clean(suite, index).limited(request.limit) for suite in request.suites)
+    clean = _untrained(tuple(_clean(suite, index) for suite in request.suites), request.training)
+    suites = tuple(suite.limited(request.limit) for suite in clean)
     judges: dict[str, tuple[str, ...]] = {}
     for suite in suites:
         judges[suite.name] = _judges(suite, request, named=named)
@@ -113,6 +116,23 @@ def prepare(request: AuditRequest) -> Prepared:
 def _clean(suite: Suite, index: PromptIndex) -> Suite:
     found = overlap({item.id: item.prompt for item in suite.items}, index)
     return suite.without(found.ids, reason=CONTAMINATED)
+
+
+def _untrained(suites: tuple[Suite, ...], training: tuple[TrainingData, ...]) -> tuple[Suite, ...]:
+    """The suites without what stands in the declared training data, which is read once."""
+    if not training:
+        return suites
+    index = ItemIndex(
+        {f"{suite.name}\0{item.id}": item.prompt for suite in suites for item in suite.items}
+    )
+    found = index.found_in(prompt for data in training for prompt in data.prompts())
+    return tuple(
+        suite.without(
+            [item.id for item in suite.items if f"{suite.name}\0{item.id}" in found],
+            reason=TRAINED_ON,
+        )
+        for suite in suites
+    )
 
 
 def _judges(suite: Suite, request: AuditRequest, *, named: tuple[str, ...]) -> tuple[str, ...]:

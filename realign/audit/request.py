@@ -10,6 +10,7 @@ from realign.audit.instruments import DEFAULT_MAX_NEW_TOKENS, Generation
 from realign.audit.policy import Policy
 from realign.audit.schema import Role
 from realign.audit.suites import Suite
+from realign.audit.training_data import TrainingData
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,8 @@ class AuditRequest:
     """Run the reference twice, with batch size 1, and report its churn against itself."""
     calibration: tuple[Suite, ...] = ()
     """What the repair was calibrated on: items that occur there are dropped and counted."""
+    training: tuple[TrainingData, ...] = ()
+    """What the subject was trained on, as declared: items that occur there are dropped as well."""
     command: str = ""
     """As typed, for the report."""
     offline: bool = False

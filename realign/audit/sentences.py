@@ -227,7 +227,10 @@ def limits(
         found.append("Weight metrics are a screening signal, not validated, and decide nothing.")
     dropped = sum(suite.n_contaminated for suite in suites)
     if dropped:
-        found.append(f"{dropped} items were dropped because they occur in the calibration data.")
+        found.append(
+            f"{dropped} items were dropped because they occur in the calibration data or in the "
+            "declared training data."
+        )
     cut = sum(suite.n_skipped.get("limit", 0) for suite in suites)
     if cut:
         found.append(f"{cut} items were left out by --limit.")

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 EXAMPLES = (
     Example(
         "realign audit ./my-model --reference org/model-instruct \\\n"
-        "    --suite harmful=harmful.jsonl --suite safe=safe.jsonl -o ./audit",
+        "    --suite core-harmful --suite core-safe -o ./audit",
         "rates and intervals of the fine-tune and of the model it came from",
     ),
     Example(
@@ -110,6 +110,16 @@ def audit(
             rich_help_panel=AUDIT_PANEL,
         ),
     ] = None,
+    training_data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--training-data",
+            metavar="FILE",
+            help="What SUBJECT was trained on (JSONL, JSON or CSV, also from the Hub): items that "
+            "occur there are dropped. May be repeated.",
+            rich_help_panel=AUDIT_PANEL,
+        ),
+    ] = None,
     limit: Limit = None,
     max_new_tokens: MaxNewTokens = None,
     batch_size: BatchSize = 16,
@@ -165,16 +175,18 @@ def audit(
     with swift_imports():
         from realign.audit.policy import load_policy
         from realign.audit.request import AuditRequest
+        from realign.audit.training_data import declared_training
 
     request = AuditRequest(
         subject=subject,
         reference=reference,
         repaired=repaired,
         base=base,
-        suites=load_suites(suites),
+        suites=load_suites(suites, offline=offline),
         judges=tuple(judges or ()),
         policy=None if policy is None else load_policy(policy),
         calibration=tuple(load_calibration(file) for file in calibration or ()),
+        training=tuple(declared_training(file, offline=offline) for file in training_data or ()),
         out=out or Path(),
         seed=seed,
         device=device,
@@ -226,11 +238,13 @@ def _show_plan(sink: Sink, request: AuditRequest) -> int:
     return 0
 
 
-def load_suites(arguments: list[str]) -> tuple[Suite, ...]:
+def load_suites(arguments: list[str], *, offline: bool = False) -> tuple[Suite, ...]:
     """Read `--suite` arguments; a published file may give several suites."""
     from realign.audit.suite_sources import read_suites
 
-    return tuple(suite for argument in arguments for suite in read_suites(argument))
+    return tuple(
+        suite for argument in arguments for suite in read_suites(argument, offline=offline)
+    )
 
 
 def load_calibration(file: str) -> Suite:
