@@ -194,7 +194,7 @@ def test_one_id_for_two_prompts(tmp_path: Path) -> None:
         ("a.json", b"{}", "not a JSON array"),
         ("a.json", b"[1]", r"a\.json\[0\]: not a JSON object"),
         ("a.csv.gz", b"prompt,category\na,b\n", "damaged gzip"),
-        ("a.csv.gz", gzip.compress(b"prompt,category\na,b\n")[:-9], "damaged gzip"),
+        ("a.csv.gz", gzip.compress(b"prompt,category\na,b\n", mtime=0)[:-9], "damaged gzip"),
         ("a.parquet", b"PAR1", "rows are read from .csv"),
     ],
 )
