@@ -33,19 +33,35 @@ def locked(folder: Path) -> Generator[None]:
                 raise OutputError(
                     f"{folder} exists and is not the folder of a tuning", "choose another -o"
                 )
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = _acquired(folder / LOCK)
     except (NotADirectoryError, FileExistsError):
         raise OutputError(f"{folder} is not a folder", "choose another -o") from None
+    if descriptor is None:
+        # The lock file is that of the run which holds it, so it stays.
+        raise OutputError(
+            f"another tuning is at work in {folder}", "wait for it, or choose another -o"
+        )
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise OutputError(
-                f"another tuning is at work in {folder}", "wait for it, or choose another -o"
-            ) from None
         yield
     finally:
         (folder / LOCK).unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquired(lock: Path) -> int | None:
+    """The lock file, opened and held; None where another run holds it."""
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ended in between has removed what we opened: held it would lock nobody out.
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(descriptor)
+            return None
         os.close(descriptor)
 
 

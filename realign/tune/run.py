@@ -243,6 +243,7 @@ def _about(
         "models": {role: model_identity(original(every[role]), progress) for role in plan.inputs},
         "method": {"name": plan.method.name, "settings": plan.method.settings()},
         "tensors": sha256_json(written["tensors"]),
+        "max_patch_rank": plan.max_patch_rank if plan.patch else None,
         "texts": {data: each.sha256 for data, each in plan.texts.items()},
         "anchors": None if plan.anchors is None else plan.anchors.suite_hash,
         "tuning suites": {suite.name: suite.suite_hash for suite in split.tuning},

@@ -93,7 +93,7 @@ def test_the_list_and_its_json_say_what_is_needed() -> None:
     assert listed["irr"]["needs"] == [["aligned"], ["unaligned", "base"], ["task"]]
     assert listed["nlsr"]["needs"] == [["aligned"], ["anchors", "safe"]]
     shown = " ".join(realign("methods").stdout.split())
-    assert "needs aligned, base, anchors (or safe data), keep data" in shown
+    assert "needs aligned, base, anchors (or safe data), task data" in shown
     assert "needs aligned, anchors (or safe data, or pairs), keep data (or pairs)" in shown
 
 

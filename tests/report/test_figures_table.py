@@ -71,8 +71,8 @@ def held_out_row(suite: str, metric: str, kind: str) -> dict[str, Any]:
         "low": -1.0,
         "high": -0.812,
         "limit": None if kind == "harmful" else 0.05,
-        "holds": kind == "harmful",
-        "certain": False,
+        "at_most": -0.85,
+        "verdict": "met" if kind == "harmful" else "not confirmed",
     }
 
 
@@ -82,13 +82,19 @@ def test_the_held_out_figures_of_a_tuning_are_whole(width: int) -> None:
         held_out_row("harmful", "asr", "harmful"),
         held_out_row("lookalikes", "over_refusal", "safe"),
     ]
-    cost = {"harm": 0.023, "utility_drop": 0.05, "over_refusal_rise": 0.0}
+    cost = {
+        "harm": 0.023,
+        "utility_drop": 0.05,
+        "over_refusal_rise": 0.0,
+        "utility_at_most": 0.08,
+        "over_refusal_at_most": 0.01,
+    }
     trial = {
         "number": 13,
         "point": [1.0, 0.85, 0.85],
         "cost": cost,
         "proxies": {"refusal": -10.25, "distance": 0.1234},
-        "skipped": None,
+        "pruned": None,
         "within": True,
     }
     found = {
@@ -99,17 +105,22 @@ def test_the_held_out_figures_of_a_tuning_are_whole(width: int) -> None:
             "strength": None,
             "strengths": {"0": 1.0, "1": 0.85, "2": 0.85},
         },
-        "limits": {"utility_drop": 0.05, "over_refusal_rise": 0.02},
-        "search": {"trials": [trial], "finetuned": {"cost": cost}},
+        "limits": {"utility_drop": 0.05, "over_refusal_rise": 0.02, "confidence": 0.9},
+        "search": {
+            "trials": [trial],
+            "finetuned": {"cost": cost},
+            "answers": {"generated": 4704, "without_pruning": 4704},
+        },
         "held_out": {"rows": rows},
+        "output": "out",
         "notes": [],
     }
     text = "\n".join(printed(each, width) for each in tune_tables(found, width=width))
     assert "\N{HORIZONTAL ELLIPSIS}" not in text
     told = " ".join(words(text))
-    assert told.count("-91.4") == 2 and told.count("[-100.0,") == 2 and told.count("-81.2]") == 2
+    assert told.count("-91.4") == 2 and told.count("(-100.0") == 2 and told.count("-81.2)") == 2
     assert told.count("verdict") == 1 or told.count("verdict ") == 2
-    assert all(word in told for word in ("holds,", "BROKEN,", "chosen", "-10.25", "0.1234"))
+    assert all(word in told for word in ("met", "confirmed", "chosen", "-10.25", "0.1234"))
 
 
 @pytest.mark.parametrize("width", [80, 120])
