@@ -49,8 +49,8 @@ W' = W_finetuned + E""",
         "A prompt that a model wrote is thrown away where it contains a word that the harmful and "
         "safe suites of the same run ask about and no text that was given does, so that nothing is "
         "trained on what is measured.",
-        "Without prompts of their own (self_prompts 0) the general abilities of the laboratory's "
-        "models that no task prompt shows fall by several points.",
+        "Without written prompts (self_prompts 0) nothing shows the general abilities that no task "
+        "prompt asks for; what that costs in the laboratory stands in docs/two-teachers.md.",
     ),
     cautions=(
         "The gradient does the work: a trained random subspace restored refusals as well and "
